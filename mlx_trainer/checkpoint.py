@@ -1,0 +1,158 @@
+"""The checkpoint store: a checkpoint is a directory, complete or absent.
+
+It is written beside its final name, every file is synced, a manifest with sizes and SHA-256 is written last, the
+directory is renamed and its parent synced. Only then are older ones removed. Rename without sync is not enough: after a
+power cut a complete-looking directory can hold empty files.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_PREFIX, _TEMPORARY = "step-", ".writing-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or must not be read."""
+
+
+@attrs.frozen
+class CheckpointStore:
+    """Checkpoints `step-00000100`, `step-00000200`, … in one directory."""
+
+    directory: Path
+    keep_last: int | None = None
+    """How many of the newest to keep; None keeps all."""
+
+    def save(self, step: int, write: Callable[[Path], None], protect: Path | None = None) -> Path:
+        """Let `write` fill a directory and make it the checkpoint of `step`; then remove what retention does not keep.
+
+        `protect`, for instance the best one, is never removed. Raises CheckpointError, the older checkpoints untouched.
+        """
+        final = self.directory / f"{_PREFIX}{step:08d}"
+        temporary = self.directory / f"{_TEMPORARY}{final.name}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            seal(temporary)
+            verify(temporary)
+            _replace(temporary, final)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"could not write checkpoint {final}: {error}") from error
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._remove_old({final, protect})
+        return final
+
+    def list(self) -> list[Path]:
+        """The checkpoints by step, oldest first; not verified."""
+        return sorted(path for path in self.directory.glob(f"{_PREFIX}*") if path.is_dir() and not path.is_symlink())
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that matches its manifest; damaged ones are passed over with a warning.
+
+        Raises CheckpointError where checkpoints exist and all are damaged: starting over would hide the loss.
+        """
+        paths = self.list()
+        for path in reversed(paths):
+            try:
+                verify(path)
+            except CheckpointError as error:
+                logger.warning("passing over a damaged checkpoint: %s", error)
+            else:
+                return path
+        if paths:
+            raise CheckpointError(
+                f"all {len(paths)} checkpoints in {self.directory} are damaged; move them away to start over"
+            )
+        return None
+
+    def _remove_old(self, protected: set[Path | None]) -> None:
+        if self.keep_last is None:
+            return
+        for path in self.list()[: -self.keep_last]:
+            if path not in protected:
+                shutil.rmtree(path)
+
+
+def seal(directory: Path) -> None:
+    """Write the manifest of all files in `directory`, and sync everything to the disk."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "files": {
+            str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": sha256(path)} for path in files
+        },
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    _sync(directory / MANIFEST)
+    _sync(directory)
+
+
+def verify(directory: Path) -> None:
+    """Raise CheckpointError unless every file that the manifest names is there with its size and SHA-256."""
+    for name, entry in _manifest_files(directory).items():
+        path = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file() or path.is_symlink():
+            raise CheckpointError(f"{directory}: {name} is missing or is no plain file of this directory")
+        if path.stat().st_size != entry["size"]:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['size']}")
+        if sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{path} differs from what was saved (SHA-256)")
+
+
+def _manifest_files(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        version, files = manifest["format_version"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{directory} is no complete checkpoint: {MANIFEST} is missing or unreadable ({error})"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}; this version of mlx_trainer reads {FORMAT_VERSION}"
+        )
+    return dict(files)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    """Rename, and sync the parent, so that the new name survives a power cut."""
+    aside = final.with_name(f"{_TEMPORARY}old-{final.name}")
+    if final.exists():  # the same step again, after a resume
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    temporary.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,146 @@
+"""Held-out loss, perplexity, metrics of your own, and generated samples."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_trainer.state import preserved_random_state
+from mlx_trainer.traced import from_tree, number, to_tree
+
+if TYPE_CHECKING:
+    from mlx_trainer.module import TrainerModule
+
+Metric = Callable[["TrainerModule", Any], tuple[mx.array, mx.array]]
+"""A metric of your own: from the module and a batch to scalars (sum, weight), traced; its value is Σ sum / Σ weight."""
+
+
+@attrs.frozen
+class EvalMetrics:
+    """The mean loss on held-out rows, and what was measured beside it."""
+
+    loss: float
+    """In nats per weight (per trained token of a language model)."""
+    batches: int
+    seconds: float
+    counts: Mapping[str, int] = attrs.field(factory=dict)
+    """Sums of `module.count(batch)`."""
+    metrics: Mapping[str, float] = attrs.field(factory=dict)
+    """Means of the module's metrics and of your own."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def samples(self) -> int:
+        """Rows evaluated; batches, where the module does not count rows."""
+        return self.counts.get("rows", self.batches)
+
+    @property
+    def average_length(self) -> float:
+        """Tokens per row; nan where the module does not count tokens."""
+        return self.counts["tokens"] / self.samples if "tokens" in self.counts else math.nan
+
+    def as_dict(self) -> dict[str, float]:
+        """By TensorBoard tag: val/loss, val/perplexity, and each further metric."""
+        named = {f"val/{name}": value for name, value in self.metrics.items()}
+        return {"val/loss": self.loss, "val/perplexity": self.perplexity, **named}
+
+
+@attrs.frozen
+class GeneratedSample:
+    """What the model said to a prompt, beside what the data says."""
+
+    prompt: str
+    generated_text: str
+    reference: str | None = None
+
+
+class TextGenerator(Protocol):
+    """A module that can write."""
+
+    def generate(
+        self, prompts: Sequence[Any], *, max_tokens: int = ..., temperature: float = ..., timeout_s: float | None = ...
+    ) -> list[str]:
+        """One text for each prompt."""
+
+
+def generate_samples(
+    module: TextGenerator,
+    prompts: Sequence[str],
+    references: Sequence[str | None] | None = None,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    timeout_s: float | None = None,
+) -> list[GeneratedSample]:
+    """What `module` answers to each prompt; the training run's randomness is not touched.
+
+    A prompt still being answered after `timeout_s` seconds gives the text so far.
+    """
+    with preserved_random_state():
+        texts = module.generate(prompts, max_tokens=max_tokens, temperature=temperature, timeout_s=timeout_s)
+    return [
+        GeneratedSample(*sample) for sample in zip(prompts, texts, references or [None] * len(prompts), strict=True)
+    ]
+
+
+class EvaluationStep:
+    """The compiled validation loss of a module, with further metrics; call it with the batches to evaluate."""
+
+    def __init__(self, module: "TrainerModule", metrics: Mapping[str, Metric] | None = None) -> None:
+        self.module, self.metrics = module, dict(metrics or {})
+        self._sums = mx.compile(self._traced_sums, inputs=[module.model.state])
+
+    def __call__(self, batches: Iterable[Any]) -> EvalMetrics:
+        """Evaluate in eval mode, the former mode restored afterwards. Raises ValueError without a single weight."""
+        start = time.perf_counter()
+        counts: Counter[str] = Counter()
+        sums: list[Any] = []
+        with evaluating(self.module.model):
+            for batch in batches:
+                sums.append(self._sums(to_tree(batch)))
+                mx.async_eval(sums[-1])
+                mx.eval(sums[-2:-1])  # waits for the batch before: at most one ahead, so memory stays bounded
+                counts.update(self.module.count(batch))
+        means = weighted_means(sums)
+        if "loss" not in means:
+            raise ValueError("nothing to evaluate: the validation batches hold no row with a trained token")
+        return EvalMetrics(means.pop("loss"), len(sums), time.perf_counter() - start, dict(counts), means)
+
+    def _traced_sums(self, tree: Any) -> dict[str, tuple[mx.array, mx.array]]:
+        batch = from_tree(tree)
+        output = self.module.validation_loss(batch)
+        sums = {"loss": (output.total, output.weight)}
+        sums |= {name: (total, output.weight) for name, total in output.metrics.items()}
+        return sums | {name: metric(self.module, batch) for name, metric in self.metrics.items()}
+
+
+def weighted_means(sums: Sequence[Mapping[str, tuple[mx.array, mx.array]]]) -> dict[str, float]:
+    """Σ total / Σ weight for each name that has any weight; the one place where an evaluation reads the device."""
+    totals: dict[str, list[float]] = {}
+    for each in sums:
+        for name, pair in each.items():
+            entry = totals.setdefault(name, [0.0, 0.0])
+            entry[0] += number(pair[0])
+            entry[1] += number(pair[1])
+    return {name: total / weight for name, (total, weight) in totals.items() if weight}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; its former mode comes back even after an error (in eval mode nothing is dropped)."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,75 @@
+"""The steps since the last log: kept as lazy arrays, read all at once."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from mlx_trainer.step import StepOutput
+from mlx_trainer.traced import number
+
+
+@attrs.frozen
+class StepRecord:
+    """One step, read."""
+
+    step: int
+    loss: float
+    accepted: bool
+    """False where a guard such as NaNGuard kept the update from being made."""
+    metadata: Sequence[Any]
+    """`batch.metadata` of its micro-batches: for a language model, where the rows came from."""
+
+
+class LogInterval:
+    """Collects steps without reading them; `read` gives their means and starts anew."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, StepOutput, Sequence[Any]]] = []
+        self._counts: Counter[str] = Counter()
+        self._start = time.perf_counter()
+
+    def add(self, step: int, output: StepOutput, metadata: Sequence[Any], counts: Mapping[str, int]) -> None:
+        """Keep one step."""
+        self._steps.append((step, output, metadata))
+        self._counts.update(counts)
+
+    def skip_time(self, seconds: float) -> None:
+        """Leave out time spent on something else, such as an evaluation."""
+        self._start += seconds
+
+    def read(self) -> tuple[dict[str, float], tuple[StepRecord, ...]]:
+        """The means by TensorBoard tag, and each step. Waits for the last of them to be computed."""
+        outputs = [output for _, output, _ in self._steps]
+        metrics = _means(outputs)
+        seconds, steps = time.perf_counter() - self._start, len(outputs)
+        metrics["perf/step_ms"] = 1000 * seconds / steps
+        metrics |= {f"train/{name}_per_second": count / seconds for name, count in self._counts.items()}
+        if self._counts.get("positions"):
+            metrics["perf/padding"] = 1 - self._counts["tokens"] / self._counts["positions"]
+        records = tuple(_record(*each) for each in self._steps)
+        self.__init__()  # type: ignore[misc]
+        return metrics, records
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+
+def _means(outputs: Sequence[StepOutput]) -> dict[str, float]:
+    """Per token for the module's sums, per step for the values of transforms; the last learning rate."""
+    weight = sum(number(output.weight) for output in outputs)
+    sums = [{"loss": output.total, **output.metrics} for output in outputs]
+    means = {f"train/{name}": sum(number(each[name]) for each in sums) / (weight or float("nan")) for name in sums[0]}
+    for name in outputs[0].values:
+        means[f"train/{name}"] = sum(number(output.values[name]) for output in outputs) / len(outputs)
+    if outputs[-1].learning_rate is not None:
+        means["train/lr"] = number(outputs[-1].learning_rate)
+    return means
+
+
+def _record(step: int, output: StepOutput, metadata: Sequence[Any]) -> StepRecord:
+    weight = number(output.weight)
+    loss = number(output.total) / weight if weight else float("nan")
+    return StepRecord(step, loss, output.accepted is None or bool(output.accepted.item()), metadata)

@@ -1,0 +1,80 @@
+"""Loaders as the trainer sees them: any sized iterable of batches, cut into windows of micro-batches."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Loader(Sized, Iterable[Any], Protocol):
+    """A sized iterable of batches; iterating it again is the next epoch."""
+
+
+@runtime_checkable
+class ResumableLoader(Loader, Protocol):
+    """A loader that knows its position, so that a resumed run need not replay it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch taken, as JSON values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to that position; the next iteration continues there."""
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """What `fit(module, data)` takes: it makes the loaders."""
+
+    def train_loader(self) -> Loader:
+        """The batches to train on."""
+
+    def validation_loader(self) -> Loader | None:
+        """The batches to validate on, or None."""
+
+
+def resolve(data: DataSource | Loader, validation: Loader | None) -> tuple[Loader, Loader | None]:
+    """The two loaders of a run. Raises TypeError or ValueError for what cannot be trained on."""
+    if isinstance(data, DataSource):
+        train, validation = data.train_loader(), validation or data.validation_loader()
+    else:
+        train = data
+    for loader in (train, validation):
+        if loader is not None and not isinstance(loader, Loader):
+            raise TypeError(f"a loader is a sized iterable of batches (a list will do), not a {type(loader).__name__}")
+    if len(train) == 0:
+        raise ValueError("the training loader is empty: there is no batch to train on")
+    return train, validation
+
+
+def first_batches(loader: Loader, limit: int | float | None) -> Loader:
+    """The first `limit` batches (a float is a share of them), kept in memory; the loader itself where limit is None."""
+    if limit is None:
+        return loader
+    amount = math.ceil(limit * len(loader)) if isinstance(limit, float) else limit
+    return list(islice(loader, amount))
+
+
+def windows(loader: Loader, accumulate: int, position: int) -> Iterator[Sequence[Any]]:
+    """The rest of an epoch, from micro-batch `position` on, in windows of `accumulate`; the last may be shorter.
+
+    Takes no batch ahead of its window, so that a loader's own position is right whenever a step is done.
+    """
+    batches = iter(loader if position == 0 or isinstance(loader, ResumableLoader) else fast_forward(loader, position))
+    while window := list(islice(batches, min(accumulate, len(loader) - position))):
+        position += len(window)
+        yield window
+    next(batches, None)  # lets the loader see the end of its epoch
+
+
+def fast_forward(loader: Loader, position: int) -> Iterable[Any]:
+    """The loader's next epoch without its first `position` batches."""
+    logger.warning(
+        "%s has no load_state_dict, so %d batches are drawn again to find the place; what it draws at random differs",
+        type(loader).__name__,
+        position,
+    )
+    return islice(loader, position, None)

@@ -1,0 +1,65 @@
+"""Where a run stands: what a checkpoint holds beside parameters and optimizer state."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import attrs
+import mlx.core as mx
+
+
+@attrs.define
+class TrainingState:
+    """The position of a run. Counts are totals since step 1, over all resumed parts."""
+
+    step: int = 0
+    """Optimizer updates done."""
+    epoch: int = 0
+    position: int = 0
+    """Micro-batches of this epoch already used."""
+    counts: dict[str, int] = attrs.field(factory=dict)
+    """Sums of `module.count(batch)`, such as {"tokens": 81920}."""
+    seconds: float = 0.0
+    """Time spent in `fit`."""
+
+    def consume(self, micro_batches: int, counts: dict[str, int]) -> None:
+        """One more step, made of so many micro-batches."""
+        self.step += 1
+        self.position += micro_batches
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def next_epoch(self) -> None:
+        """The first position of the next epoch."""
+        self.epoch += 1
+        self.position = 0
+
+
+def random_state() -> int:
+    """MLX's random state of this thread as one number; reads the device."""
+    return key_to_seed(random_key())
+
+
+def random_key() -> mx.array:
+    """This thread's random state as an array of two uint32; reads nothing."""
+    return mx.random.state[0]  # type: ignore[index, no-any-return]
+
+
+def restore_random_state(seed: int) -> None:
+    """Put back what `random_state` gave, exactly (mlx 0.32.1 and later)."""
+    mx.random.seed(seed)
+
+
+def key_to_seed(key: mx.array) -> int:
+    """The 64-bit seed which makes `key`, an array of two uint32."""
+    high, low = key.tolist()  # type: ignore[misc]
+    return (int(high) << 32) | int(low)  # type: ignore[arg-type]
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Whatever is drawn inside leaves no trace in the training run's randomness."""
+    seed = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(seed)

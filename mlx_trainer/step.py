@@ -1,0 +1,186 @@
+"""The compiled update: K micro-batches -> transforms -> guard -> optimizer.
+
+For micro-batches b with loss sums L_b and weights w_b the gradient is that of the mean over all their tokens,
+
+    g = (sum over b of dL_b/dp) / (sum over b of w_b)
+
+and not a mean of means. With K = 1 the whole step is one compiled function. With K > 1 each micro-batch is one call,
+which adds its gradients to a float32 sum, and a last call updates: a shape is traced once, whatever window it is in.
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property, reduce
+from typing import Any
+
+import attrs
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+from mlx.utils import tree_map
+
+from mlx_trainer.callback import Gradients
+from mlx_trainer.module import LossOutput, TrainerModule
+from mlx_trainer.traced import assign, copied, from_tree, leaves, restored_on_error, shape_key, to_tree
+
+Sums = tuple[mx.array, mx.array, dict[str, mx.array]]
+"""A `LossOutput` as a tree: total, weight, metrics."""
+Transform = Callable[..., tuple[Gradients, Mapping[str, mx.array]]]
+Guard = Callable[..., mx.array]
+
+
+@attrs.frozen(eq=False, slots=False)
+class StepContext:
+    """What traced callbacks may look at: the step's mean loss, its weight, its gradients before any transform."""
+
+    loss: mx.array
+    weight: mx.array
+    gradients: Gradients
+
+    @cached_property
+    def grad_norm(self) -> mx.array:
+        """The global norm of the gradients before any transform, a float32 scalar; computed only if asked for."""
+        return global_norm(self.gradients)
+
+
+@attrs.frozen(eq=False)
+class StepOutput:
+    """One step's results, all lazy."""
+
+    total: mx.array
+    """The loss summed over the step's tokens."""
+    weight: mx.array
+    metrics: Mapping[str, mx.array]
+    """Sums of the module's metrics."""
+    values: Mapping[str, mx.array]
+    """Scalars that transforms report."""
+    learning_rate: mx.array | None
+    accepted: mx.array | None
+    """Whether the update was made; None where nobody guards it."""
+
+
+class TrainStep:
+    """The update of `module.model` by `optimizer`; call it with the micro-batches of one step.
+
+    Build it when parameters, optimizer state and random state are what they should be: `mx.compile` captures their
+    containers, and a container replaced afterwards would be ignored in silence.
+    """
+
+    def __init__(
+        self,
+        module: TrainerModule,
+        optimizer: optimizers.Optimizer,
+        accumulate: int = 1,
+        transforms: Sequence[Transform] = (),
+        guards: Sequence[Guard] = (),
+    ) -> None:
+        self.module, self.optimizer, self.accumulate = module, optimizer, accumulate
+        self.transforms, self.guards = transforms, guards
+        self._state: list[Any] = [module.model.state, optimizer.state, mx.random.state]
+        self._seen: set[Any] = set()
+
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            return mx.compile(function, inputs=self._state, outputs=self._state)
+
+        self._whole, self._add = compiled(self._whole_step), compiled(self._accumulated)
+        self._finish = compiled(self._update)
+        self._zeros = mx.compile(lambda: tree_map(lambda p: mx.zeros(p.shape), module.model.trainable_parameters()))
+
+    @property
+    def compiled_shapes(self) -> int:
+        """How many distinct shapes of micro-batches were traced so far."""
+        return len(self._seen)
+
+    def __call__(self, batches: Sequence[Any]) -> StepOutput:
+        """Dispatch one step and return at once; nothing is read from the device."""
+        trees = [to_tree(batch) for batch in batches]
+        shapes = {shape_key(tree) for tree in trees}
+        # A known shape runs no Python code that could fail; keeping references would keep its memory from being reused.
+        with nullcontext() if shapes <= self._seen else restored_on_error(self._state[:2]):
+            results = self._whole(trees[0]) if self.accumulate == 1 else self._many(trees)
+        self._seen |= shapes
+        mx.async_eval(results, self._state)
+        return StepOutput(*results)
+
+    def _many(self, trees: Sequence[Any]) -> Any:
+        gradients, sums = self._zeros(), []
+        for tree in trees:
+            batch_sums, gradients = self._add(tree, gradients)
+            mx.async_eval(batch_sums, gradients)  # the device works while the host prepares the next one
+            sums.append(batch_sums)
+        return self._finish(sums, gradients)
+
+    # From here on everything is traced.
+
+    def _whole_step(self, tree: Any) -> Any:
+        sums, gradients = self._gradients(tree)
+        return self._update([sums], gradients)
+
+    def _accumulated(self, tree: Any, gradients: Gradients) -> tuple[Sums, Gradients]:
+        sums, new = self._gradients(tree)
+        return sums, tree_map(lambda total, g: total + g.astype(mx.float32), gradients, new)
+
+    def _gradients(self, tree: Any) -> tuple[Sums, Gradients]:
+        batch = from_tree(tree)
+        result: tuple[Sums, Gradients] = nn.value_and_grad(
+            self.module.model, lambda _: as_sums(self.module.training_loss(batch))
+        )(self.module.model)
+        return result
+
+    def _update(self, sums: Sequence[Sums], gradients: Gradients) -> tuple[Any, ...]:
+        total, weight, metrics = add_up(sums)
+        divisor = mx.where(weight > 0, weight, 1.0)  # nothing trained: the gradient is zero, not 0/0
+        gradients = tree_map(lambda g: g / divisor, gradients)
+        context = StepContext(total / weight, weight, gradients)
+        values: dict[str, mx.array] = {}
+        for transform in self.transforms:
+            gradients, reported = transform(gradients, context)
+            values |= reported
+        learning_rate, accepted = self._optimize(gradients, context)
+        return total, weight, metrics, values, learning_rate, accepted
+
+    def _optimize(self, gradients: Gradients, context: StepContext) -> tuple[mx.array | None, mx.array | None]:
+        model, optimizer = self.module.model, self.optimizer
+        parameters, state = model.trainable_parameters(), copied(optimizer.state)
+        optimizer.update(model, tree_map(lambda g, p: g.astype(p.dtype), gradients, parameters))
+        learning_rate = current_learning_rate(optimizer)
+        if not self.guards:
+            return learning_rate, None
+        accepted = reduce(operator.and_, (guard(context.loss, gradients, context) for guard in self.guards))
+
+        def chosen(new: mx.array, old: mx.array) -> mx.array:
+            return mx.where(accepted, new, old)
+
+        model.update(tree_map(chosen, model.trainable_parameters(), parameters))
+        assign(optimizer.state, tree_map(chosen, copied(optimizer.state), state))
+        return learning_rate, accepted
+
+
+def as_sums(output: LossOutput) -> Sums:
+    """The tree that `mx.value_and_grad` differentiates: its first leaf is the loss."""
+    return output.total, output.weight, dict(output.metrics)
+
+
+def add_up(sums: Sequence[Sums]) -> Sums:
+    """The sums of all micro-batches together."""
+    totals, weights, metrics = zip(*sums, strict=True)
+    return (
+        reduce(operator.add, totals),
+        reduce(operator.add, weights),
+        tree_map(lambda *m: reduce(operator.add, m), *metrics),
+    )
+
+
+def global_norm(gradients: Gradients) -> mx.array:
+    """The Euclidean norm of all gradients together, summed in float32 whatever they are stored in; a float32 scalar."""
+    squares = [mx.square(leaf.astype(mx.float32)).sum() for leaf in leaves(gradients)]
+    return mx.sqrt(reduce(operator.add, squares))
+
+
+def current_learning_rate(optimizer: optimizers.Optimizer) -> mx.array | None:
+    """The rate used in the last update, or None for an optimizer without one (Adafactor with relative steps)."""
+    try:
+        return optimizer.learning_rate  # type: ignore[no-any-return]
+    except KeyError:
+        return None
