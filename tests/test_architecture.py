@@ -1,0 +1,88 @@
+"""The structure that the design promises: arrows one way, small files, quick imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx_trainer
+
+PACKAGE = Path(mlx_trainer.__file__).parent
+ROOT = PACKAGE.parent
+
+# What each room may import of ours. A room is a folder or a file directly in the package.
+LEAVES = {"runtime", "monitoring", "config"}
+CORE = {"trainer", "step", "callback", "state", "traced", "interval", "loaders", "snapshot", "module", "evaluation", "checkpoint"}
+ALLOWED = {
+    "config": set(),
+    "runtime": {"_blas"},
+    "_blas": set(),
+    "monitoring": {"runtime"},
+    "state": set(),
+    "traced": {"state"},
+    "module": set(),
+    "checkpoint": set(),
+    "callback": {"evaluation", "module", "step", "trainer"},  # for its types only
+    "evaluation": {"state", "traced", "module"} | LEAVES,
+    "step": {"callback", "module", "traced"},
+    "interval": {"step", "traced"},
+    "loaders": set(),
+    "snapshot": {"callback", "checkpoint", "loaders", "module", "state"},
+    "trainer": CORE,
+    "data": LEAVES,
+    "models": LEAVES | {"module", "optim", "state"},
+    "optim": LEAVES,
+    "callbacks": LEAVES | CORE,
+    "build": CORE | LEAVES | {"callbacks", "data", "models", "optim"},
+    "cli": {"build", "__init__"} | CORE | LEAVES | {"data", "models"},
+    "__main__": {"cli"},
+    "__init__": None,  # names everything, imports it lazily
+}
+
+
+def room(path: Path) -> str:
+    """The folder or file of the package that `path` belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms that a file imports, inside functions too."""
+    rooms: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "mlx_trainer":
+            rooms |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_trainer."):
+            rooms.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("mlx_trainer.")}
+    return rooms
+
+
+def test_arrows_point_one_way() -> None:
+    """Each room imports only what the design lets it."""
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        allowed = ALLOWED[room(path)]
+        if allowed is not None:
+            extra = imported_rooms(path) - allowed - {room(path), "__version__"}
+            wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(extra)]
+    assert wrong == []
+
+
+def test_files_stay_small() -> None:
+    """No file of the package is longer than 320 lines: where trainers rotted, it was one file that owned everything."""
+    long = {path.name: n for path in PACKAGE.rglob("*.py") if (n := len(path.read_text().splitlines())) > 320}
+    assert long == {}
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    """`import mlx_trainer` leaves mlx.core, mlx_lm, transformers and matplotlib alone."""
+    code = "import sys, mlx_trainer; print([m for m in ('mlx.core', 'mlx_lm', 'transformers', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_every_public_name_can_be_imported() -> None:
+    """What `__all__` promises is there, and what it does not is an AttributeError."""
+    assert {name: getattr(mlx_trainer, name).__class__.__name__ for name in mlx_trainer.__all__}
+    assert set(mlx_trainer.__all__) <= set(dir(mlx_trainer))
+    assert not hasattr(mlx_trainer, "no_such_name")
