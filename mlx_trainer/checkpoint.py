@@ -40,21 +40,14 @@ class CheckpointStore:
 
         `protect`, for instance the best one, is never removed. Raises CheckpointError, the older checkpoints untouched.
         """
+
+        def fill(directory: Path) -> None:
+            write(directory)
+            seal(directory)
+            verify(directory)
+
         final = self.directory / f"{_PREFIX}{step:08d}"
-        temporary = self.directory / f"{_TEMPORARY}{final.name}"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            write(temporary)
-            seal(temporary)
-            verify(temporary)
-            _replace(temporary, final)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"could not write checkpoint {final}: {error}") from error
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        write_directory(final, fill)
         self._remove_old({final, protect})
         return final
 
@@ -89,11 +82,28 @@ class CheckpointStore:
                 shutil.rmtree(path)
 
 
+def write_directory(final: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a directory which then stands at `final`, complete, in place of what was there before.
+
+    Raises CheckpointError where the disk does not take it; whatever fails, what was there before stays.
+    """
+    temporary = final.with_name(f"{_TEMPORARY}{final.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        _replace(temporary, final)
+    except OSError as error:
+        raise CheckpointError(f"could not write {final}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def seal(directory: Path) -> None:
-    """Write the manifest of all files in `directory`, and sync everything to the disk."""
+    """Write the manifest of all files in `directory`."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    for path in files:
-        _sync(path)
     manifest = {
         "format_version": FORMAT_VERSION,
         "files": {
@@ -101,8 +111,6 @@ def seal(directory: Path) -> None:
         },
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    _sync(directory / MANIFEST)
-    _sync(directory)
 
 
 def verify(directory: Path) -> None:

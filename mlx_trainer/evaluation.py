@@ -31,8 +31,8 @@ class EvalMetrics:
     seconds: float
     counts: Mapping[str, int] = attrs.field(factory=dict)
     """Sums of `module.count(batch)`."""
-    metrics: Mapping[str, float] = attrs.field(factory=dict)
-    """Means of the module's metrics and of your own."""
+    metrics: dict[str, float] = attrs.field(factory=dict)
+    """Means of the module's metrics and of your own; what is added in `on_evaluation_end` reaches the loggers."""
 
     @property
     def perplexity(self) -> float:

@@ -117,6 +117,20 @@ class Trainer:
         """Save at the end of this step, after the evaluation if there is one."""
         self._checkpoint_requested = True
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not counted as the steps'; waits for the step under way first."""
+        if self.step_output is not None:
+            mx.eval(self.step_output.total)
+        start = time.perf_counter()
+        yield
+        self._interval.skip_time(time.perf_counter() - start)
+
+    @property
+    def validation_loader(self) -> Loader | None:
+        """The held-out batches of this run, if it has any."""
+        return self._validation_loader
+
     def write_checkpoint(self, directory: Path) -> None:
         """Fill an existing directory with all that a resumed run needs."""
         snapshot.write(directory, self.module, self.optimizer, self.state, self.events.callbacks, self._train_loader)
@@ -208,6 +222,7 @@ class Trainer:
     # The loop.
 
     def _run_epochs(self) -> None:
+        self._pause()  # what was asked for in on_fit_start
         self._stop_at_limits()
         while not self.stop_reason and self.state.epoch != self.max_epochs:
             epoch = self.state.epoch
@@ -248,20 +263,17 @@ class Trainer:
         self._pause()
 
     def _pause(self) -> None:
-        """Evaluate and save, where that was asked for. The device waits meanwhile; this time is not the steps'."""
+        """Evaluate and save, where that was asked for."""
         if not (self._evaluation_requested or self._checkpoint_requested):
             return
-        if self.step_output is not None:
-            mx.eval(self.step_output.total)
-        self._read_log()
-        start = time.perf_counter()
-        if self._evaluation_requested:
-            self._evaluation_requested = False
-            self._evaluate()
-        if self._checkpoint_requested:
-            self._checkpoint_requested = False
-            self._checkpoint()
-        self._interval.skip_time(time.perf_counter() - start)
+        with self.paused():
+            self._read_log()
+            if self._evaluation_requested:
+                self._evaluation_requested = False
+                self._evaluate()
+            if self._checkpoint_requested:
+                self._checkpoint_requested = False
+                self._checkpoint()
 
     def _read_log(self) -> None:
         """The one place where a step's values are read."""

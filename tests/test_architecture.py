@@ -12,7 +12,19 @@ ROOT = PACKAGE.parent
 
 # What each room may import of ours. A room is a folder or a file directly in the package.
 LEAVES = {"runtime", "monitoring", "config"}
-CORE = {"trainer", "step", "callback", "state", "traced", "interval", "loaders", "snapshot", "module", "evaluation", "checkpoint"}
+CORE = {
+    "trainer",
+    "step",
+    "callback",
+    "state",
+    "traced",
+    "interval",
+    "loaders",
+    "snapshot",
+    "module",
+    "evaluation",
+    "checkpoint",
+}
 ALLOWED = {
     "config": set(),
     "runtime": {"_blas"},

@@ -49,7 +49,7 @@ def test_a_save_that_fails_leaves_the_older_ones_and_nothing_else(tmp_path: Path
         store.save(2, fails)
 
     if isinstance(error, OSError):
-        assert str(raised.value) == f"could not write checkpoint {tmp_path}/step-00000002: {error}"
+        assert str(raised.value) == f"could not write {tmp_path}/step-00000002: {error}"
     verify(old)
     assert names(tmp_path) == ["step-00000001"]
 
@@ -147,5 +147,5 @@ def test_without_checkpoints_there_is_no_latest(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """A file where the folder should be, as in a mistyped path."""
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=re.escape(f"could not write checkpoint {tmp_path}/file/step-00000001")):
+    with pytest.raises(CheckpointError, match=re.escape(f"could not write {tmp_path}/file/step-00000001")):
         CheckpointStore(tmp_path / "file").save(1, content("one"))

@@ -19,7 +19,18 @@ from mlx_trainer.traced import from_tree, to_tree
 from mlx_trainer.trainer import TrainingError, seconds_of
 from tests.toy import ToyBatch, ToyLoader, ToyModule, toy_batches, weights
 
-READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "__array__", "__iter__", "__repr__", "__format__")
+READS = (
+    "item",
+    "tolist",
+    "__float__",
+    "__int__",
+    "__bool__",
+    "__index__",
+    "__array__",
+    "__iter__",
+    "__repr__",
+    "__format__",
+)
 
 
 @pytest.fixture
@@ -123,7 +134,9 @@ def test_ways_to_give_a_time(given: Any, seconds: float) -> None:
 
 def test_a_time_that_is_none_is_refused() -> None:
     """The message says what would be right."""
-    with pytest.raises(ValueError, match=re.escape("max_time is '2 hours'; give seconds, a timedelta, or \"DD:HH:MM:SS\"")):
+    with pytest.raises(
+        ValueError, match=re.escape("max_time is '2 hours'; give seconds, a timedelta, or \"DD:HH:MM:SS\"")
+    ):
         Trainer(max_time="2 hours")
 
 
