@@ -7,7 +7,7 @@ from mlx_trainer import runtime
 
 __version__ = "0.1.0"
 
-# An optimized BLAS must be in place before anything imports mlx.core.
+# On a Linux CPU, MLX gets an optimized BLAS.
 runtime.prepare()
 
 if TYPE_CHECKING:

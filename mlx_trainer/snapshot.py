@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_trainer import __version__
 from mlx_trainer.callback import Callback
 from mlx_trainer.checkpoint import FORMAT_VERSION, CheckpointError, verify
 from mlx_trainer.loaders import Loader, ResumableLoader
@@ -43,7 +44,7 @@ def write(
         "random_state": random_state(),
         "loader": loader.state_dict() if isinstance(loader, ResumableLoader) else None,
         "callbacks": {callback.name: saved for callback in callbacks if (saved := callback.state_dict())},
-        "versions": {name: version(name) for name in ("mlx", "mlx-lm", "mlx-trainer")},
+        "versions": {"mlx": version("mlx"), "mlx_trainer": __version__},
     }
     (directory / STATE_FILE).write_text(json.dumps(contents, indent=2) + "\n")
 

@@ -1,4 +1,9 @@
-"""What every test shares: its own place for MLX's compiled kernels would slow it down, so only randomness is reset."""
+"""What every test shares."""
+
+import os
+
+# The workers of pytest-xdist share two cores, and OpenBLAS's waiting threads spin; read when mlx_trainer is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlx.core as mx
 import pytest

@@ -1,0 +1,235 @@
+"""The BLAS under MLX on Linux CPUs, and the device facts. What happens at import is tried in fresh processes."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_trainer import _blas, runtime
+
+on_linux_cpu = pytest.mark.skipif(
+    sys.platform != "linux" or mx.default_device() != mx.Device(mx.cpu),
+    reason="only a Linux CPU takes another BLAS",
+)
+
+PRODUCT = """
+import hashlib, mlx.core as mx
+a, b = (mx.random.normal((300, 300), key=mx.random.key(seed)) for seed in (1, 2))
+print(hashlib.sha256(memoryview(a @ b)).hexdigest())
+"""
+PREPARE = "from mlx_trainer import runtime; runtime.prepare(); print(runtime.blas_report())\n"
+
+
+def run(program: str, **environment: str) -> list[str]:
+    """Run a program in a fresh process, without this one's BLAS variables, and return the lines that it printed."""
+    kept = {name: value for name, value in os.environ.items() if not name.endswith(("_NUM_THREADS", "_BLAS"))}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), kept.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env={**kept, "PYTHONPATH": path, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def libmlx() -> Path:
+    """Return the library in which MLX's CPU operations are."""
+    return next(Path(mx.__file__).parent.glob("lib/libmlx.so"))
+
+
+@on_linux_cpu
+def test_the_symbols_are_those_that_mlx_takes() -> None:
+    """Every `cblas_` name in MLX's library is one that we supply, and no other is."""
+    named = set(re.findall(rb"\0(cblas_\w+)(?=\0)", libmlx().read_bytes()))
+    assert sorted(name.decode() for name in named) == sorted(_blas.GEMM_SYMBOLS)
+
+
+@on_linux_cpu
+def test_the_slots_found_are_those_that_the_loader_filled() -> None:
+    """In a fresh MLX, each imported C function that was looked up again has the address that its slot holds."""
+    program = """
+import ctypes, os, mlx.core
+from mlx_trainer import _blas
+mlx = ctypes.CDLL("libmlx.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+for name, slot in sorted(_blas.imported_slots(mlx)):
+    if name in ("cblas_cgemm", "cblas_dgemm", "cblas_sgemm", "sgetrf_", "malloc"):
+        print(name, ctypes.c_size_t.from_address(slot).value == _blas._address(mlx, name))
+"""
+    names = ["cblas_cgemm", "cblas_dgemm", "cblas_sgemm", "malloc", "sgetrf_"]
+    assert sorted(set(run(program, MLX_TRAINER_BLAS="off"))) == [f"{name} True" for name in names]
+
+
+@on_linux_cpu
+def test_products_come_from_the_loaded_blas_and_are_the_same_in_every_process() -> None:
+    """Two processes give the same bits, others than the reference BLAS gives, and `off` gives the reference's."""
+    report, ours = run(PREPARE + PRODUCT)
+    assert re.fullmatch(r"BLAS: OpenBLAS [\d.]+ \(scipy-openblas32\), \d+ threads?", report)
+    assert run(PREPARE + PRODUCT) == [report, ours]
+    (reference,) = run(PRODUCT)
+    assert reference != ours
+    off, switched_off = run(PREPARE + PRODUCT, MLX_TRAINER_BLAS="off")
+    assert off.startswith("BLAS: switched off by MLX_TRAINER_BLAS=off")
+    assert switched_off == reference
+
+
+@on_linux_cpu
+def test_the_order_of_imports_does_not_matter() -> None:
+    """A program that imported MLX, and multiplied, gets the optimized product from then on."""
+    report, product = run(PREPARE + PRODUCT)
+    assert run(PRODUCT + PREPARE + PRODUCT) == [*run(PRODUCT), report, product]
+
+
+@on_linux_cpu
+def test_threads_are_the_available_cpus_or_what_the_environment_says() -> None:
+    """One CPU of affinity gives one thread, and the environment's number outranks that of the CPUs."""
+    one_cpu = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    assert run(one_cpu + PREPARE)[0].endswith(", 1 thread")
+    two_cpus = "import os; os.sched_getaffinity = lambda process: {0, 1}\n"
+    assert run(two_cpus + PREPARE)[0].endswith(", 2 threads")
+    assert run(two_cpus + PREPARE, OPENBLAS_NUM_THREADS="1")[0].endswith(", 1 thread")
+    assert run(two_cpus + PREPARE, OMP_NUM_THREADS="1")[0].endswith(", 1 thread")
+
+
+@on_linux_cpu
+def test_products_are_right_in_threads_and_the_process_can_fork() -> None:
+    """Four threads that multiply at once get the product of one, and a child forked before MLX's use multiplies."""
+    program = """
+import os, mlx.core as mx
+from concurrent.futures import ThreadPoolExecutor
+from mlx_trainer import runtime
+runtime.prepare()
+def product():
+    with mx.stream(mx.new_stream(mx.cpu)):
+        a = mx.random.normal((200, 200), key=mx.random.key(1))
+        return bytes(memoryview(a @ a))
+if (child := os.fork()) == 0:
+    os._exit(0 if product() else 1)
+assert os.waitpid(child, 0)[1] == 0
+with ThreadPoolExecutor(4) as pool:
+    print(len({future.result() for future in [pool.submit(product) for _ in range(16)]} | {product()}))
+"""
+    assert run(program) == ["1"]
+
+
+@on_linux_cpu
+def test_a_library_may_be_named_and_a_wrong_name_warns() -> None:
+    """MLX_TRAINER_BLAS takes the path of any BLAS; one that cannot be used is told with the reason."""
+    library = next(path for path, origin in _blas._candidates() if origin == "scipy-openblas32")
+    report, product = run(PREPARE + PRODUCT, MLX_TRAINER_BLAS=library)
+    assert "(MLX_TRAINER_BLAS)" in report
+    assert product == run(PREPARE + PRODUCT)[1]
+    caught = (
+        "import warnings; caught = warnings.catch_warnings(record=True).__enter__(); warnings.simplefilter('always')\n"
+    )
+    report, warning = run(caught + PREPARE + "print(caught[0].message)", MLX_TRAINER_BLAS="/nowhere/libblas.so")
+    assert "/nowhere/libblas.so: cannot open shared object file" in report
+    assert warning.startswith("MLX_TRAINER_BLAS names no usable BLAS: /nowhere/libblas.so")
+
+
+@on_linux_cpu
+def test_without_the_package_the_systems_openblas_serves_and_else_the_line_says_how_to_get_one() -> None:
+    """The search goes on to what `find_library` knows, and its end is the reference BLAS and an advice."""
+    library = next(path for path, _ in _blas._candidates())
+    hidden = "import sys, ctypes.util; sys.modules['scipy_openblas32'] = None; ctypes.util.find_library = "
+    assert "(system)" in run(f"{hidden} lambda name: {library!r}\n" + PREPARE)[0]
+    report = run(f"{hidden} lambda name: None\n" + PREPARE)[0]
+    assert report.startswith("BLAS: the reference BLAS")
+    assert "pip install scipy-openblas32" in report
+
+
+@on_linux_cpu
+def test_a_blas_that_the_user_preloaded_stays(tmp_path: Path) -> None:
+    """Preparing twice does the work once, and a BLAS which LD_PRELOAD put in front of MLX's keeps its place."""
+    assert len(set(run(PREPARE + PREPARE))) == 1
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler to make a library to preload")
+    (tmp_path / "blas.c").write_text("void cblas_sgemm(void) {}\n")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "blas.so", tmp_path / "blas.c"], check=True)
+    report = run(PREPARE, LD_PRELOAD=str(tmp_path / "blas.so"))
+    assert report == ["BLAS: left as it is, since another one than MLX's own was loaded before"]
+
+
+def test_on_cuda_mlx_gets_small_command_buffers_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA build gets MLX_MAX_MB_PER_BUFFER=100 and no BLAS; a value in the environment stays."""
+    monkeypatch.setattr(runtime, "_has_cuda", lambda: True)
+    monkeypatch.setattr(runtime, "_report", "")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "40")
+    runtime.prepare()
+    assert os.environ["MLX_MAX_MB_PER_BUFFER"] == "40"
+    monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER")
+    runtime.prepare()
+    assert os.environ["MLX_MAX_MB_PER_BUFFER"] == "100"
+    assert runtime.blas_report() == "BLAS: not needed, MLX runs on CUDA"
+
+
+def test_peak_is_counted_from_the_last_reset() -> None:
+    """The peak holds an array that is gone, and forgets it when it is reset."""
+    kept = mx.ones(1000)
+    mx.eval(kept)
+    runtime.reset_peak_memory()
+    before = runtime.memory_bytes()
+    array = mx.zeros((1000, 1000), mx.float32)
+    mx.eval(array)
+    held = runtime.memory_bytes()
+    del array
+    freed = runtime.memory_bytes()
+    runtime.reset_peak_memory()
+    assert held.active - before.active >= 4_000_000
+    assert freed.peak >= held.active > freed.active
+    assert runtime.memory_bytes().peak == runtime.memory_bytes().active
+    assert 0 < held.used <= held.limit
+    assert 0 < held.available < held.limit
+
+
+def test_a_control_group_cuts_memory_and_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The smallest limit of all groups around the process counts, `max` is none, and half a CPU counts as one."""
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/memory.max").write_text("max\n")
+    (tmp_path / "memory.max").write_text("123456789\n")
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    monkeypatch.setattr(runtime, "_control_groups", lambda controller: [tmp_path / "inner", tmp_path])
+    monkeypatch.setattr(runtime, "backend", lambda: "cpu")
+    runtime._cpu_memory_limit.cache_clear()
+    assert runtime.memory_limit_bytes() == 123456789
+    assert runtime.available_cpus() == 1
+    runtime._cpu_memory_limit.cache_clear()
+
+
+def test_control_groups_are_those_of_the_process_and_all_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both versions' lines in /proc/self/cgroup lead to the group's folder and every folder up to the controller's."""
+    lines = "4:cpu,memory:/a\n1:name=systemd:/\n0::/user/b"
+    monkeypatch.setattr(runtime, "_read", lambda path: lines)
+    root = Path("/sys/fs/cgroup")
+    assert list(runtime._control_groups("")) == [root / "user/b", root / "user", root]
+    assert list(runtime._control_groups("memory")) == [root / "memory/a", root / "memory"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "limit", "available"), [("metal", 48_000, 47_000), ("cuda", 80_000, 50_200)], ids=["metal", "cuda"]
+)
+def test_a_gpus_memory(monkeypatch: pytest.MonkeyPatch, backend: str, limit: int, available: int) -> None:
+    """Metal's limit is the recommended working set; on CUDA other processes' memory is missing from what is free."""
+    information = {"max_recommended_working_set_size": 48_000, "total_memory": 80_000}
+    monkeypatch.setattr(runtime, "backend", lambda: backend)
+    monkeypatch.setattr(mx, "device_info", lambda: information | ({"free_memory": 50_000} if backend == "cuda" else {}))
+    for name, value in {"active": 1_000, "cache": 200, "peak": 3_000}.items():
+        monkeypatch.setattr(mx, f"get_{name}_memory", lambda value=value: value)
+    expected = runtime.MemoryBytes(1_000, 200, 3_000, used=1_200, available=available, limit=limit)
+    assert runtime.memory_bytes() == expected
+
+
+def test_names() -> None:
+    """The backend is one of three, follows the default device, and the device has a name."""
+    assert runtime.backend() in ("metal", "cuda", "cpu")
+    assert runtime.device_name()
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    try:
+        assert runtime.backend() == "cpu"
+    finally:
+        mx.set_default_device(device)
