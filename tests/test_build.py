@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny import tiny_mistral
 
 from mlx_trainer import build, cli
-from mlx_trainer.callback import Callback
 from mlx_trainer.checkpoint import CheckpointError
 from mlx_trainer.config import Config, ConfigError, LoRAConfig, ModelConfig, load_config
 from mlx_trainer.config.keys import keys
 from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
+from tests.tiny import tiny_mistral
 
 QUICK = {
     "model.model_name": "base",
@@ -47,72 +46,292 @@ def config(**overrides: object) -> Config:
     return load_config(overrides=QUICK | {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-def callback(found: Config, name: str) -> Any:
-    """Return the callback of this name that a configuration asks for."""
-    return next(each for each in build.build_callbacks(found) if type(each).__name__ == name)
+def callbacks(found: Config, **more: bool) -> dict[str, Any]:
+    """Return the callbacks that a configuration asks for, by the names of their classes."""
+    return {type(each).__name__: each for each in build.build_callbacks(found, **more)}
 
 
-def lora_of(found: Config) -> LoRAConfig:
-    """Return the adapters that the module of a configuration is going to have."""
-    lora = build.build_module(found).lora
-    assert lora is not None
-    return lora
+def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Return, for each option, the value that reached the place where it works."""
+    module = build.build_module(found)
+    trainer = build.build_trainer(found, Path("run"))
+    by_name = callbacks(found)
+    monkeypatch.setattr(build, "DataPipeline", lambda path, tokenizer, **given: {"dataset_path": path, **given})
+    data: Any = build.build_data(found, module)
+    samples, checkpoints = by_name.get("SampleGenerator"), by_name["ModelCheckpoint"]
+    lora = module.lora or LoRAConfig(rank=1)
+    return {
+        "model.model_name": module.name,
+        "model.cache_dir": module.cache_dir,
+        "model.revision": module.revision,
+        "model.dtype": module.dtype,
+        "model.max_seq_length": module.max_seq_length if module.max_seq_length == data["max_seq_length"] else None,
+        "model.trust_remote_code": module.trust_remote_code,
+        "lora.rank": lora.rank,
+        "lora.alpha": lora.alpha,
+        "lora.dropout": lora.dropout,
+        "lora.target_modules": lora.target_modules,
+        "training.method": "full" if module.lora is None else "lora",
+        "training.batch_size": data["batch_size"],
+        "training.gradient_accumulation_steps": trainer.accumulate,
+        "training.num_epochs": trainer.max_epochs,
+        "training.max_steps": trainer.max_steps,
+        "training.optimizer": module._optimization["name"],
+        "training.schedule": module._optimization["schedule"],
+        "training.learning_rate": module._optimization["learning_rate"],
+        "training.warmup_steps": module._optimization["warmup_steps"],
+        "training.weight_decay": module._optimization["weight_decay"],
+        "training.max_grad_norm": by_name["GradientClipping"].max_norm if "GradientClipping" in by_name else None,
+        "training.save_steps": checkpoints.every,
+        "training.keep_last": checkpoints.keep_last,
+        "training.keep_best": checkpoints.monitor == "val/loss",
+        "training.eval_steps": by_name["Evaluation"].every,
+        "training.logging_steps": trainer.log_every,
+        "data.dataset_path": data["dataset_path"],
+        "data.validation_path": data["validation_path"],
+        "data.completion_style": data["completion_style"],
+        "data.train_split": data["train_split"],
+        "data.shuffle": data["shuffle"],
+        "data.seed": data["seed"] if data["seed"] == trainer.seed == module.seed else None,
+        "data.num_workers": data["num_workers"],
+        "evaluation.sample_prompts": tuple(samples.prompts) if samples else (),
+        "evaluation.sample_tokens": samples.options["max_tokens"] if samples else 100,
+        "evaluation.patience": by_name["EarlyStopping"].patience if "EarlyStopping" in by_name else None,
+        "run.directory": str(build.run_directory(found)),
+        "run.resume": trainer.resume,
+        "run.tensorboard": "TensorBoardLogger" in by_name,
+    }
 
 
-def optimization(found: Config) -> dict[str, object]:
-    """Return what the module of a configuration makes its optimizer from."""
-    return build.build_module(found)._optimization
-
-
-# For each option a value other than the default, and where that value must arrive.
-PLACES: dict[str, tuple[object, Callable[[Config], object]]] = {
-    "model.model_name": ("./base", lambda c: build.build_module(c).name),
-    "model.cache_dir": ("cache", lambda c: build.build_module(c).cache_dir),
-    "model.revision": ("main", lambda c: build.base_arguments(c.model)["revision"]),
-    "model.dtype": ("bfloat16", lambda c: build.build_module(c).dtype),
-    "model.max_seq_length": (48, lambda c: (build.build_module(c).max_seq_length, data(c).max_seq_length)[1]),
-    "model.trust_remote_code": (True, lambda c: build.build_module(c).trust_remote_code),
-    "lora.rank": (8, lambda c: lora_of(c).rank),
-    "lora.alpha": (4.0, lambda c: lora_of(c).alpha),
-    "lora.dropout": (0.25, lambda c: lora_of(c).dropout),
-    "lora.target_modules": (("o_proj",), lambda c: lora_of(c).target_modules),
-    "training.method": ("full", lambda c: "full" if build.build_module(c).lora is None else "lora"),
-    "training.batch_size": (3, lambda c: data(c).batch_size),
-    "training.gradient_accumulation_steps": (5, lambda c: trainer(c).accumulate),
-    "training.num_epochs": (7, lambda c: trainer(c).max_epochs),
-    "training.max_steps": (9, lambda c: trainer(c).max_steps),
-    "training.optimizer": ("lion", lambda c: optimization(c)["name"]),
-    "training.schedule": ("linear", lambda c: optimization(c)["schedule"]),
-    "training.learning_rate": (3e-4, lambda c: optimization(c)["learning_rate"]),
-    "training.warmup_steps": (1, lambda c: optimization(c)["warmup_steps"]),
-    "training.weight_decay": (0.5, lambda c: optimization(c)["weight_decay"]),
-    "training.max_grad_norm": (0.5, lambda c: callback(c, "GradientClipping").max_norm),
-    "training.save_steps": (11, lambda c: callback(c, "ModelCheckpoint").every),
-    "training.keep_last": (4, lambda c: callback(c, "ModelCheckpoint").keep_last),
-    "training.keep_best": (False, lambda c: callback(c, "ModelCheckpoint").monitor is not None),
-    "training.eval_steps": (13, lambda c: callback(c, "Evaluation").every),
-    "training.logging_steps": (17, lambda c: trainer(c).log_every),
-    "data.dataset_path": ("./chats.jsonl", lambda c: f"./{data(c).train_rows[0].source.split(':')[0]}"),
-    "data.validation_path": ("held_out.jsonl", lambda c: data(c).validation_rows[0].source.split(":")[0]),
-    "data.completion_style": ("raw", lambda c: c.data.completion_style),
-    "data.train_split": (0.5, lambda c: len(data(c).train_rows) / 8),
-    "data.shuffle": (False, lambda c: data(c).shuffle),
-    "data.seed": (3, lambda c: (data(c).seed + trainer(c).seed + build.build_module(c).seed) / 3),
-    "data.num_workers": (1, lambda c: data(c).num_workers),
-    "evaluation.sample_prompts": (("a", "b"), lambda c: tuple(callback(c, "SampleGenerator").prompts)),
-    "evaluation.patience": (6, lambda c: callback(c, "EarlyStopping").patience),
-    "run.directory": ("elsewhere", lambda c: str(build.run_directory(c))),
-    "run.resume": ("auto", lambda c: trainer(c).resume),
-    "run.tensorboard": (False, lambda c: any("TensorBoard" in type(each).__name__ for each in build.build_callbacks(c))),
+CHANGED: dict[str, object] = {
+    "model.model_name": "./base",
+    "model.cache_dir": "cache",
+    "model.dtype": "bfloat16",
+    "model.max_seq_length": 48,
+    "model.trust_remote_code": True,
+    "lora.rank": 8,
+    "lora.alpha": 4.0,
+    "lora.dropout": 0.25,
+    "lora.target_modules": ("o_proj", "k_proj"),
+    "training.method": "full",
+    "training.batch_size": 3,
+    "training.gradient_accumulation_steps": 5,
+    "training.num_epochs": 7,
+    "training.max_steps": 9,
+    "training.optimizer": "lion",
+    "training.schedule": "linear",
+    "training.learning_rate": 3e-4,
+    "training.warmup_steps": 1,
+    "training.weight_decay": 0.5,
+    "training.max_grad_norm": None,
+    "training.save_steps": 11,
+    "training.keep_last": 4,
+    "training.keep_best": False,
+    "training.eval_steps": 13,
+    "training.logging_steps": 17,
+    "data.dataset_path": "./chats.jsonl",
+    "data.validation_path": "held_out.jsonl",
+    "data.completion_style": "raw",
+    "data.train_split": 0.5,
+    "data.shuffle": False,
+    "data.seed": 3,
+    "data.num_workers": 1,
+    "evaluation.sample_prompts": ("Who?", "Why?"),
+    "evaluation.sample_tokens": 12,
+    "evaluation.patience": 6,
+    "run.directory": "elsewhere",
+    "run.resume": "auto",
+    "run.tensorboard": False,
 }
-ELSEWHERE = {"evaluation.sample_tokens"}
+NEEDED_TOO: dict[str, dict[str, object]] = {"evaluation.sample_tokens": {"evaluation.sample_prompts": ["Who?"]}}
 
 
-def data(found: Config) -> Any:
-    """Return the rows of a configuration."""
-    return build.build_data(found, build.build_module(found))
+@pytest.mark.parametrize("key", CHANGED)
+def test_an_option_changes_what_it_names(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value other than the usual one reaches the place where it works, and nothing else moves."""
+    before = arrived(load_config(overrides=QUICK | NEEDED_TOO.get(key, {})), monkeypatch)
+    after = arrived(load_config(overrides=QUICK | NEEDED_TOO.get(key, {}) | {key: CHANGED[key]}), monkeypatch)
+    assert after[key] == CHANGED[key] != before[key]
+    followers = {"training.method": {"lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules"}}
+    moved = {name for name in after if after[name] != before[name]} - followers.get(key, set())
+    assert moved == {key}
 
 
-def trainer(found: Config) -> Any:
-    """Return the trainer of a configuration."""
-    return build.build_trainer(found, Path("run"))
+def test_every_option_is_tried() -> None:
+    """No key of the schema is without its place; `model.revision` needs a Hub name, see below."""
+    assert CHANGED.keys() | {"model.revision"} == keys().keys()
+
+
+def test_a_revision_reaches_the_module() -> None:
+    """A local folder has no revisions, so the module itself refuses it by name."""
+    with pytest.raises(ModelError, match="revision 'v2' was given, but base is a local folder"):
+        build.build_module(config(model__revision="v2"))
+
+
+def test_the_cache_is_the_librarys_own_unless_named() -> None:
+    """The default is passed as None, so that HF_HOME and its kin stay in force."""
+    assert build.base_arguments(ModelConfig())["cache_dir"] is None
+    assert build.base_arguments(ModelConfig(cache_dir="/data/hub"))["cache_dir"] == "/data/hub"
+
+
+def test_mistral_with_adapters_gets_its_own_module() -> None:
+    """MistralLoRAModule for a Mistral with LoRA, CausalLMModule for all else."""
+    settings = json.loads(Path("base/config.json").read_text())
+    assert type(build.build_module(config())) is MistralLoRAModule
+    assert type(build.build_module(config(training__method="full"))) is CausalLMModule
+    Path("base/config.json").write_text(json.dumps(settings | {"model_type": "llama"}))
+    assert type(build.build_module(config())) is CausalLMModule
+
+
+def test_the_callbacks_of_a_run_without_held_out_rows() -> None:
+    """Nothing that needs an evaluation is there, and answers come by steps."""
+    prompts = config(evaluation__sample_prompts=["Who?"], evaluation__patience=2)
+    assert list(callbacks(prompts)) == [
+        "NaNGuard", "MemoryMonitor", "ProgressBar", "MetricsLogger", "GradientClipping",
+        "Evaluation", "EarlyStopping", "SampleGenerator", "TensorBoardLogger", "ModelCheckpoint",
+    ]  # fmt: skip
+    without = callbacks(prompts, evaluating=False)
+    assert callbacks(prompts).keys() - without.keys() == {"Evaluation", "EarlyStopping"}
+    assert (without["SampleGenerator"].every, without["ModelCheckpoint"].monitor) == (50, None)
+
+
+def test_a_run_leaves_a_complete_folder() -> None:
+    """Configuration, environment, metrics, TensorBoard files, checkpoints and adapter: all that the design names."""
+    found = config(run__directory="runs/one", evaluation__sample_prompts=["dog"], evaluation__sample_tokens=2)
+    result = build.train(found)
+    folder = Path("runs/one")
+    assert result.steps == 2
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter", "checkpoints", "config.yaml", "environment.json",
+        "logs", "metrics.jsonl", "samples.jsonl", "tensorboard",
+    ]  # fmt: skip
+    assert load_config(folder / "config.yaml") == found
+    environment = json.loads((folder / "environment.json").read_text())
+    assert (environment["seed"], environment["data"]["rows"], environment["data"]["train_rows"]) == (42, 8, 6)
+
+
+def test_runs_without_a_name_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """runs/chats, then runs/chats-2; the folder's own configuration names the folder, so that it can be continued."""
+    assert build.run_directory(config()) == Path("runs/chats")
+    build.train(config())
+    assert load_config("runs/chats/config.yaml").run.directory == "runs/chats"
+    assert build.run_directory(config()) == Path("runs/chats-2")
+    assert build.run_directory(config(run__resume="auto")) == Path("runs/chats")
+
+
+def test_a_run_is_continued_where_it_ended() -> None:
+    """`--resume auto` goes on from the newest checkpoint; without it, a folder that holds a run is refused."""
+    build.train(config(run__directory="one"))
+    with pytest.raises(ConfigError) as caught:
+        build.train(config(run__directory="one"))
+    assert str(caught.value) == "one: holds an earlier run; continue it with --resume auto, or name another --output"
+    result = build.train(config(run__directory="one", run__resume="auto", training__max_steps=3))
+    assert result.steps == 3
+    steps = [json.loads(line)["step"] for line in Path("one/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 3
+
+
+def test_a_checkpoint_that_is_not_there_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    """A wrong --resume path costs no run folder."""
+    with pytest.raises(CheckpointError, match="none is no complete checkpoint"):
+        build.train(config(run__directory="one", run__resume="none"))
+    assert not Path("one").exists()
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that trains through the command line, must be refused, and returns the message."""
+
+    def run(*arguments: str) -> str:
+        before = sorted(Path().rglob("*"))
+        model = [] if "--model" in arguments else ["--model", "base"]
+        code = cli.main(["train", *model, "--model.dtype", "float32", "--training.max_steps", "1", *arguments])
+        captured = capsys.readouterr()
+        assert (code, captured.out) == (2, "")
+        assert sorted(Path().rglob("*")) == before
+        assert "Traceback" not in captured.err
+        return captured.err.splitlines()[-1].removeprefix("mlx-trainer: ")
+
+    return run
+
+
+def test_bad_input_is_told_in_a_paragraph_and_leaves_nothing(refused: Callable[..., str]) -> None:
+    """Missing, empty and broken data, wrong roles, folders that cannot be written, models that are none: code 2."""
+    Path("empty.jsonl").write_text("")
+    Path("broken.jsonl").write_text('{"messages": [\n')
+    Path("roles.jsonl").write_text('{"messages": [{"role": "usr", "content": "a"}]}\n')
+    Path("hollow").mkdir()
+    Path("hollow/config.json").write_text(Path("base/config.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (Path("hollow") / name).write_text((Path("base") / name).read_text())
+    messages = {
+        "missing data": refused("none.jsonl"),
+        "empty data": refused("empty.jsonl"),
+        "broken data": refused("broken.jsonl"),
+        "wrong roles": refused("roles.jsonl"),
+        "file as folder": refused("chats.jsonl", "--output", "chats.jsonl/run"),
+        "no model": refused("chats.jsonl", "--model", "./nothing"),
+        "no weights": refused("chats.jsonl", "--model", "hollow"),
+        "no layer": refused("chats.jsonl", "--lora.target_modules", "q_prj"),
+    }
+    parts = {
+        "missing data": "none.jsonl",
+        "empty data": "empty.jsonl",
+        "broken data": "broken.jsonl:1",
+        "wrong roles": "roles.jsonl:1",
+        "file as folder": "chats.jsonl/run: cannot be made, because ",
+        "no model": "There is no folder ./nothing.",
+        "no weights": "hollow has no weights (model*.safetensors)",
+        "no layer": "no linear layer is called q_prj. Did you mean q_proj?",
+    }
+    assert {name: part for name, part in parts.items() if part not in messages[name]} == {}, messages
+
+
+def test_evaluate_and_generate_read_the_adapter_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """A trained adapter lowers the loss on what it learned, and changes what is generated."""
+    build.train(config(run__directory="one", training__max_steps=8, training__learning_rate=3e-2, lora__dropout=0))
+    capsys.readouterr()
+
+    def loss(*arguments: str) -> float:
+        model = ("--model", "base", "--model.dtype", "float32")
+        assert cli.main(["evaluate", *arguments, *model]) == 0
+        values = dict(line.split() for line in capsys.readouterr().out.splitlines())
+        assert list(values) == ["loss", "perplexity", "rows"]
+        assert values["rows"] == ("2" if "one/config.yaml" in arguments else "8")
+        return float(values["loss"])
+
+    assert loss("chats.jsonl", "--adapter", "one/adapter") < 0.9 * loss("chats.jsonl")
+    assert loss("one/config.yaml", "--adapter", "one/adapter") > 0
+
+    def answers(*arguments: str) -> str:
+        model = ("--model", "base", "--model.dtype", "float32", "--max-tokens", "8")
+        assert cli.main(["generate", "--prompt", "dog dog", *arguments, *model]) == 0
+        return capsys.readouterr().out
+
+    assert answers("--adapter", "one/adapter") != answers()
+
+
+def test_fully_trained_weights_are_evaluated_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """After full fine-tuning the result is a folder named model, and evaluate takes it as it takes an adapter."""
+    build.train(config(run__directory="full", training__method="full", training__learning_rate=1e-3))
+    metrics = build.evaluate(config(), "full/model", whole=True)
+    assert metrics.loss < build.evaluate(config(), whole=True).loss
+
+
+def test_an_adapter_folder_that_is_none_is_told() -> None:
+    """A folder without adapter_config.json, or with one that is no adapter's, is refused by its path."""
+    with pytest.raises(ModelError) as caught:
+        build.lora_of(Path("base"))
+    expected = "base/adapter_config.json: No such file or directory; an adapter is a folder with this file"
+    assert str(caught.value) == expected
+    Path("base/adapter_config.json").write_text('{"fine_tune_type": "lora"}')
+    with pytest.raises(ModelError, match="is not the configuration of an mlx-lm adapter: 'lora_parameters'"):
+        build.lora_of(Path("base"))
+
+
+def test_a_recipe_that_holds_nothing_back_cannot_be_evaluated() -> None:
+    """The message says what to change."""
+    with pytest.raises(ConfigError) as caught:
+        build.evaluate(config(data__train_split=1))
+    assert str(caught.value) == "chats.jsonl: no row is held out; lower data.train_split"

@@ -1,0 +1,221 @@
+"""From a configuration to module, data and trainer: what the command line and the YAML recipes use.
+
+Everything that can be wrong with the inputs is found before the run folder is made, so a refused run leaves nothing.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from attrs import asdict, evolve
+
+from mlx_trainer.callback import Callback
+from mlx_trainer.callbacks import (
+    EarlyStopping,
+    Evaluation,
+    GradientClipping,
+    MemoryMonitor,
+    MetricsLogger,
+    ModelCheckpoint,
+    NaNGuard,
+    ProgressBar,
+    SampleGenerator,
+    TensorBoardLogger,
+)
+from mlx_trainer.checkpoint import verify
+from mlx_trainer.config import Config, ConfigError, LoRAConfig, ModelConfig, to_yaml, unwise
+from mlx_trainer.data import DataPipeline
+from mlx_trainer.evaluation import EvalMetrics
+from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
+from mlx_trainer.monitoring import make_folder, setup_logging, write_atomic, write_environment
+from mlx_trainer.trainer import Trainer, TrainingResult
+
+log = logging.getLogger("mlx_trainer.build")
+
+
+def train(config: Config) -> TrainingResult:
+    """Train as `config` says, in a run folder that holds the resolved configuration and the environment.
+
+    Raises ConfigError, DataError or ModelError before anything is written, TrainingError during the training.
+    """
+    with setup_logging():
+        for sentence in unwise(config):
+            log.warning("%s", sentence)
+        run_dir = run_directory(config)
+        check_run_directory(run_dir, config.run.resume)
+        module = build_module(config)
+        data = build_data(config, module)
+        module.setup("fit")
+    with setup_logging(make_folder(run_dir)):
+        # With the folder that was found, so that `train <folder>/config.yaml --resume auto` continues this very run.
+        resolved = evolve(config, run=evolve(config.run, directory=str(run_dir)))
+        write_atomic(run_dir / "config.yaml", to_yaml(resolved))
+        write_environment(run_dir, seed=config.data.seed, data=asdict(data.summary))
+        return build_trainer(resolved, run_dir, evaluating=bool(data.validation_rows)).fit(module, data)
+
+
+def evaluate(config: Config, adapter: str | None = None, *, whole: bool = False) -> EvalMetrics:
+    """Return loss and perplexity on the held-out rows of `config`, or on the `whole` dataset.
+
+    Raises ConfigError where no row is held out.
+    """
+    if whole:
+        config = evolve(config, data=evolve(config.data, train_split=1.0, shuffle=False, validation_path=None))
+    with setup_logging(level="WARNING"):
+        module = trained_module(config.model, adapter)
+        data = build_data(config, module)
+        loader = data.train_loader() if whole else data.validation_loader()
+        if loader is None:
+            raise ConfigError(f"{config.data.dataset_path}: no row is held out; lower data.train_split")
+        return Trainer().validate(module, loader)
+
+
+def generate(model: ModelConfig, prompts: Sequence[str], adapter: str | None = None, **sampling: Any) -> list[str]:
+    """Return the answer of `model`, with an adapter where one is given, to each prompt."""
+    with setup_logging(level="WARNING"):
+        return trained_module(model, adapter).generate(prompts, **sampling)
+
+
+class BaseModel(CausalLMModule):
+    """A model as it stands, without adapters, to be measured and not trained."""
+
+    def inject_lora(self, model: nn.Module) -> nn.Module:
+        """Return the model unchanged."""
+        return model
+
+
+def build_module(config: Config) -> CausalLMModule:
+    """Return the module that `config` describes; the model itself is loaded at its `setup`."""
+    training = config.training
+    lora = config.lora if training.method == "lora" else None
+    optimization = {
+        "learning_rate": training.learning_rate,
+        "optimizer": training.optimizer,
+        "schedule": training.schedule,
+        "warmup_steps": training.warmup_steps,
+        "weight_decay": training.weight_decay,
+    }
+    arguments = base_arguments(config.model) | optimization | {"lora": lora, "seed": config.data.seed}
+    module = CausalLMModule(config.model.model_name, **arguments)
+    if lora is not None and module.settings["model_type"] == "mistral":
+        return MistralLoRAModule(config.model.model_name, **arguments)
+    return module
+
+
+def trained_module(model: ModelConfig, adapter: str | None) -> CausalLMModule:
+    """Return `model` with the weights in the folder `adapter`, or as it stands; loaded."""
+    lora = None if adapter is None else lora_of(Path(adapter))
+    arguments = base_arguments(model)
+    name = model.model_name
+    module = BaseModel(name, **arguments) if lora is None else CausalLMModule(name, lora=lora, **arguments)
+    if adapter is not None:
+        module.load(Path(adapter))
+    return module
+
+
+def lora_of(adapter: Path) -> LoRAConfig | None:
+    """Return the configuration of an adapter in mlx-lm's layout, None for fully trained weights; raises ModelError."""
+    path = adapter / "adapter_config.json"
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if written.get("fine_tune_type") == "full":
+            return None
+        lora = written["lora_parameters"]
+        return LoRAConfig(rank=lora["rank"], alpha=lora["scale"] * lora["rank"], target_modules=lora["keys"])
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}; an adapter is a folder with this file") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: is not the configuration of an mlx-lm adapter: {error}") from error
+
+
+def base_arguments(model: ModelConfig) -> dict[str, Any]:
+    """Return what every module is told about its base model."""
+    return {
+        "dtype": model.dtype,
+        "max_seq_length": model.max_seq_length,
+        "revision": model.revision,
+        # The default is Hugging Face's own, which its environment variables may have moved.
+        "cache_dir": None if model.cache_dir == ModelConfig().cache_dir else model.cache_dir,
+        "trust_remote_code": model.trust_remote_code,
+    }
+
+
+def build_data(config: Config, module: CausalLMModule) -> DataPipeline:
+    """Return the rows of `config`, checked, encoded and split; raises DataError."""
+    data = config.data
+    return DataPipeline(
+        data.dataset_path,
+        module.tokenizer,
+        batch_size=config.training.batch_size,
+        max_seq_length=config.model.max_seq_length,
+        train_split=data.train_split,
+        shuffle=data.shuffle,
+        seed=data.seed,
+        num_workers=data.num_workers,
+        validation_path=data.validation_path,
+        completion_style=data.completion_style,
+        vocabulary_size=module.settings.get("vocab_size"),
+    )
+
+
+def build_trainer(config: Config, run_dir: Path, *, evaluating: bool = True) -> Trainer:
+    """Return the trainer with the callbacks that `config` asks for; `evaluating` tells whether rows are held out."""
+    return Trainer(
+        max_epochs=config.training.num_epochs,
+        max_steps=config.training.max_steps,
+        accumulate=config.training.gradient_accumulation_steps,
+        callbacks=build_callbacks(config, evaluating=evaluating),
+        log_every=config.training.logging_steps,
+        seed=config.data.seed,
+        run_dir=run_dir,
+        resume=config.run.resume,
+    )
+
+
+def build_callbacks(config: Config, *, evaluating: bool = True) -> list[Callback]:
+    """Return the callbacks that `config` asks for, in their order."""
+    training, evaluation = config.training, config.evaluation
+    callbacks: list[Callback] = [NaNGuard(), MemoryMonitor(), ProgressBar(), MetricsLogger()]
+    if training.max_grad_norm is not None:
+        callbacks.append(GradientClipping(max_norm=training.max_grad_norm))
+    if evaluating:
+        callbacks.append(Evaluation(every=training.eval_steps))
+    if evaluating and evaluation.patience is not None:
+        callbacks.append(EarlyStopping(monitor="val/loss", patience=evaluation.patience))
+    if evaluation.sample_prompts:
+        every = None if evaluating else training.eval_steps  # None: at each evaluation
+        callbacks.append(SampleGenerator(evaluation.sample_prompts, every=every, max_tokens=evaluation.sample_tokens))
+    if config.run.tensorboard:
+        callbacks.append(TensorBoardLogger())
+    best = "val/loss" if evaluating and training.keep_best else None
+    return [*callbacks, ModelCheckpoint(every=training.save_steps, keep_last=training.keep_last, monitor=best)]
+
+
+def run_directory(config: Config) -> Path:
+    """Return the folder that `config` names; else runs/ and the dataset's name, numbered where runs have it already."""
+    if config.run.directory is not None:
+        return Path(config.run.directory)
+    name = Path(config.data.dataset_path).stem
+    numbered = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in count(1))
+    taken, free = [], next(numbered)
+    while free.exists():
+        taken, free = [free], next(numbered)
+    return taken[0] if taken and config.run.resume == "auto" else free
+
+
+def check_run_directory(run_dir: Path, resume: str | None) -> None:
+    """Raise ConfigError where `run_dir` cannot be made or holds another run, CheckpointError for a bad checkpoint."""
+    if resume is not None and resume != "auto":
+        verify(Path(resume))
+    if resume is None and any(run_dir.glob("checkpoints/step-*")):
+        raise ConfigError(f"{run_dir}: holds an earlier run; continue it with --resume auto, or name another --output")
+    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{run_dir}: cannot be made, because {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{run_dir}: cannot be made, because {existing} is not yours to write")

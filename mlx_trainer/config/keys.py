@@ -1,0 +1,72 @@
+"""The schema's dotted keys: what they are, the nearest one to a typing error, and values from a command line's text."""
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from types import NoneType
+from typing import Any
+
+from attrs import Attribute, fields
+
+from mlx_trainer.config.option import is_list, members
+from mlx_trainer.config.schema import Config
+
+
+def sections() -> Mapping[str, type[Any]]:
+    """Return the sections of a configuration by name, in the schema's order."""
+    return {section.name: section.type for section in fields(Config) if section.type is not None}
+
+
+def keys() -> Mapping[str, "Attribute[Any]"]:
+    """Return every option by its dotted key, in the schema's order."""
+    return {f"{name}.{option.name}": option for name, section in sections().items() for option in fields(section)}
+
+
+def suggestion(name: str, section: str = "") -> str:
+    """Return `did you mean …?` with the nearest key of the section, else of any section, else the keys there are."""
+    siblings = [option.name for option in fields(sections()[section])] if section else list(sections())
+    if near := get_close_matches(name, siblings, n=1):
+        return f"did you mean {near[0]}?"
+    elsewhere = {key.split(".")[1]: key for key in keys()}
+    if near := get_close_matches(name, elsewhere, n=1, cutoff=0.75):
+        return f"did you mean {elsewhere[near[0]]}?"
+    return f"known keys: {', '.join(siblings)}"
+
+
+def from_text(text: str, option: "Attribute[Any]") -> object:
+    """Return the value a command line's `text` spells for `option`; text that spells none stays as it is.
+
+    The strict reader then says what it should have been, as it does for a file.
+    """
+    kinds = members(option.type)
+    if text == "null" and NoneType in kinds:
+        return None
+    if is_list(kinds[0]):
+        return _items(text)
+    if bool in kinds:
+        return {"true": True, "false": False}.get(text, text)
+    return _number(text, kinds)
+
+
+def _number(text: str, kinds: tuple[Any, ...]) -> object:
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
+
+
+def _items(text: str) -> object:
+    """Return the list in `[a, "b, c"]` or in `a,b`; a comma before a space is a comma of the text."""
+    if not text.startswith("["):
+        return re.split(r",(?! )", text) if text else []
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        items: object = YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        return text
+    return items

@@ -1,0 +1,91 @@
+"""What options say about each other: contradictions are refused, unwise settings told, each beginning with its key."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlx_trainer.config.schema import Config
+
+
+def contradictions(config: "Config") -> tuple[str, ...]:
+    """Return a sentence for each pair of options that cannot both be meant."""
+    return tuple(_contradictions(config))
+
+
+def unwise(config: "Config") -> tuple[str, ...]:
+    """Return a sentence for each setting that is valid and likely to disappoint, with what to set instead."""
+    return (*_unwise_optimization(config), *_unwise_adapters(config), *_unwise_evaluation(config))
+
+
+def _contradictions(config: "Config") -> Iterator[str]:
+    data = config.data
+    if config.training.method == "full" and config.model.dtype == "float16":
+        yield (
+            "training.method full would lose its small updates in model.dtype float16; "
+            "set model.dtype to float32 or bfloat16"
+        )
+    if config.evaluation.patience is not None and not _has_validation(config):
+        yield (
+            "evaluation.patience needs a held-out loss, and there are no held-out rows: "
+            "set data.train_split below 1 or data.validation_path"
+        )
+    if data.validation_path is not None and data.validation_path == data.dataset_path:
+        yield (
+            "data.validation_path is the same file as data.dataset_path: a loss on trained rows says nothing; "
+            "leave it out, and data.train_split holds rows back"
+        )
+
+
+def _unwise_optimization(config: "Config") -> Iterator[str]:
+    training = config.training
+    highest = 1e-3 if training.method == "lora" else 1e-4
+    what = "LoRA" if training.method == "lora" else "full fine-tuning"
+    if training.learning_rate > highest and training.optimizer != "sgd":
+        yield (
+            f"training.learning_rate {training.learning_rate:g} is high for {what}; "
+            f"{highest / 5:g} is usual, and above {highest:g} runs often diverge"
+        )
+    if training.batch_size * training.gradient_accumulation_steps == 1:
+        yield (
+            "training.batch_size times training.gradient_accumulation_steps is 1: a step of one row is noisy; "
+            "8 to 32 rows are usual"
+        )
+    if training.max_steps is not None and training.warmup_steps >= training.max_steps:
+        yield (
+            f"training.warmup_steps {training.warmup_steps} does not fit training.max_steps ({training.max_steps}): "
+            f"it will be cut to {training.max_steps // 10}"
+        )
+    if training.max_grad_norm is None:
+        yield "training.max_grad_norm is off: one bad batch can undo many steps; 1 is usual"
+
+
+def _unwise_adapters(config: "Config") -> Iterator[str]:
+    if config.training.method == "full":
+        return
+    lora = config.lora
+    if lora.rank > 256:
+        yield f"lora.rank {lora.rank} is nearly as costly as training.method full; 8 to 64 are usual"
+    if lora.scale > 8:
+        yield (
+            f"lora.alpha {lora.alpha:g} is {lora.scale:g} times lora.rank, which multiplies every update; "
+            "one to two times is usual"
+        )
+    if lora.dropout > 0.3:
+        yield f"lora.dropout {lora.dropout:g} drops most of what an adapter could learn from; 0 to 0.1 is usual"
+
+
+def _unwise_evaluation(config: "Config") -> Iterator[str]:
+    training, data = config.training, config.data
+    if not _has_validation(config):
+        yield "data.train_split 1 holds no rows back: there is no evaluation, and over-fitting goes unseen"
+    if training.max_steps is not None and training.save_steps > training.max_steps:
+        yield (
+            f"training.save_steps {training.save_steps} is beyond training.max_steps ({training.max_steps}): "
+            "only the end of the run is saved"
+        )
+    if data.validation_path is None and data.train_split < 0.5:
+        yield f"data.train_split {data.train_split:g} leaves most rows untrained; 0.9 is usual"
+
+
+def _has_validation(config: "Config") -> bool:
+    return config.data.validation_path is not None or config.data.train_split < 1

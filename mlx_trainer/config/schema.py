@@ -1,0 +1,119 @@
+"""The sections of a configuration: every option, its default, its valid range and its help text."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from attrs import field, frozen
+
+from mlx_trainer.config.error import ConfigError
+from mlx_trainer.config.option import NotEmpty, Range, option
+from mlx_trainer.config.rules import contradictions
+
+COUNT = Range(at_least=1)
+NOT_NEGATIVE = Range(at_least=0)
+NOT_EMPTY = NotEmpty()
+
+
+@frozen
+class ModelConfig:
+    """Which base model, and how it is held in memory."""
+
+    model_name: str = option(
+        "Hub name or local folder of the base model", "mistralai/Mistral-7B-Instruct-v0.3", NOT_EMPTY
+    )
+    cache_dir: str = option("Hugging Face cache that downloads go to", "~/.cache/huggingface", NOT_EMPTY)
+    revision: str | None = option("Branch, tag or commit on the Hub", None, NOT_EMPTY)
+    dtype: Literal["float16", "bfloat16", "float32"] = option("Type the base weights are held in", "float16")
+    max_seq_length: int = option("Longest row in tokens; longer rows are cut", 2048, Range(at_least=8))
+    trust_remote_code: bool = option("Run Python code that comes with the model", False)
+
+
+@frozen
+class LoRAConfig:
+    """Low-rank adapters: `y = W x + (alpha / rank) B A x` on each target layer (https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = option("Rank of the adapters", 16, COUNT)
+    alpha: float = option("The adapters' output is scaled by alpha / rank", 32.0, Range(above=0))
+    dropout: float = option("Chance that an adapter input is dropped in training", 0.05, Range(at_least=0, below=1))
+    target_modules: Sequence[str] = option("Linear layers that get an adapter", ("q_proj", "v_proj"), NOT_EMPTY)
+
+    @property
+    def scale(self) -> float:
+        """The factor on an adapter's output, alpha / rank."""
+        return self.alpha / self.rank
+
+
+@frozen
+class TrainingConfig:
+    """The optimization, and how often a run saves, evaluates and logs (in optimizer steps)."""
+
+    method: Literal["lora", "full"] = option("Train LoRA adapters, or all weights", "lora")
+    batch_size: int = option("Rows per micro-batch", 2, COUNT)
+    gradient_accumulation_steps: int = option("Micro-batches per optimizer step", 4, COUNT)
+    num_epochs: int = option("Passes over the training rows", 3, COUNT)
+    max_steps: int | None = option("Stop after this many steps, even within an epoch", None, COUNT)
+    optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = option("Optimizer by name", "adamw")
+    schedule: Literal["cosine", "linear", "constant"] = option("Learning rate after the warm-up", "cosine")
+    learning_rate: float = option("Highest learning rate", 2e-4, Range(above=0, at_most=1))
+    warmup_steps: int = option("Steps over which the learning rate rises from 0", 100, NOT_NEGATIVE)
+    weight_decay: float = option(
+        "Share of the weights taken off, times the learning rate", 0.01, Range(at_least=0, at_most=1)
+    )
+    max_grad_norm: float | None = option("Gradients are scaled down to this global norm", 1.0, Range(above=0))
+    save_steps: int = option("Steps between checkpoints", 100, COUNT)
+    keep_last: int = option("Newest checkpoints that stay on disk", 3, COUNT)
+    keep_best: bool = option("Save each lowest held-out loss, and keep the lowest of all", True)
+    eval_steps: int = option("Steps between evaluations", 50, COUNT)
+    logging_steps: int = option("Steps between log lines", 10, COUNT)
+
+
+@frozen
+class DataConfig:
+    """The rows, and how they are split and ordered."""
+
+    dataset_path: str = option("JSONL file of messages, prompt/completion or text rows", valid=NOT_EMPTY)
+    validation_path: str | None = option(
+        "JSONL file of held-out rows; without it the dataset is split", None, NOT_EMPTY
+    )
+    completion_style: Literal["chat", "raw"] = option("Make a chat of prompt and completion, or join them", "chat")
+    train_split: float = option("Share of the rows that is trained on", 0.9, Range(above=0, at_most=1))
+    shuffle: bool = option("Draw a new row order each epoch", True)
+    seed: int = option("Seed of the split, the order, dropout and new weights", 42, NOT_NEGATIVE)
+    num_workers: int = option("Threads that prepare batches ahead; 0 prepares them in the loop", 0, NOT_NEGATIVE)
+
+
+@frozen
+class EvaluationConfig:
+    """What is measured and shown beside the held-out loss."""
+
+    sample_prompts: Sequence[str] = option("Prompts answered at every evaluation", ())
+    sample_tokens: int = option("Most tokens of each answer", 100, COUNT)
+    patience: int | None = option("Stop after this many evaluations without a lower loss", None, COUNT)
+
+
+@frozen
+class RunConfig:
+    """Where a run is written, and what it continues."""
+
+    directory: str | None = option("Run folder; by default runs/ and the dataset's name", None, NOT_EMPTY)
+    resume: str | None = option(
+        "auto (the newest checkpoint of the run folder) or a checkpoint's folder", None, NOT_EMPTY
+    )
+    tensorboard: bool = option("Write TensorBoard files", True)
+
+
+@frozen
+class Config:
+    """A whole configuration; only `data` has no default, because `data.dataset_path` has none."""
+
+    model: ModelConfig = field(factory=ModelConfig)
+    lora: LoRAConfig = field(factory=LoRAConfig)
+    training: TrainingConfig = field(factory=TrainingConfig)
+    data: DataConfig = field(kw_only=True)
+    evaluation: EvaluationConfig = field(factory=EvaluationConfig)
+    run: RunConfig = field(factory=RunConfig)
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse sections that contradict each other."""
+        if found := contradictions(self):
+            raise ConfigError("\n".join(found))

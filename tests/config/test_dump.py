@@ -1,0 +1,92 @@
+"""A configuration as text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mlx_trainer.config import Config, ConfigError, DataConfig, load_config, to_yaml
+from mlx_trainer.config.keys import sections
+from mlx_trainer.config.option import Range, members
+
+# What YAML cannot hold at all is no part of the promise: control characters, lone surrogates.
+text = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12) | st.sampled_from(
+    ["no", "null", "~", "1e-4", "0x1", "- a", "a: b", "#", "'", '"', " lead", "trail ", "[a]", "2020-01-01", "=", "<<"]
+)
+
+
+def values(option: Any) -> st.SearchStrategy[Any]:
+    """Return a strategy for the values that an option takes."""
+    valid = option.metadata["valid"]
+    bounds = valid if isinstance(valid, Range) else Range()
+    low = bounds.at_least if bounds.at_least is not None else bounds.above
+    high = bounds.at_most if bounds.at_most is not None else bounds.below
+    strategies = {
+        NoneType: st.none(),
+        bool: st.booleans(),
+        int: st.integers(low if low is None else int(low), 10**6),
+        float: st.floats(
+            low,
+            high,
+            exclude_min=bounds.above is not None,
+            exclude_max=bounds.below is not None,
+            allow_nan=False,
+            allow_infinity=False,
+        ),
+        str: text,
+    }
+    return st.one_of(*(_alternative(kind, strategies) for kind in members(option.type)))
+
+
+def _alternative(kind: Any, strategies: dict[Any, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+    if get_origin(kind) is Literal:
+        return st.sampled_from(get_args(kind))
+    if get_origin(kind) is Sequence:
+        return st.lists(text, min_size=1, max_size=3).map(tuple)
+    return strategies[kind]
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    """Draw a valid configuration, every option of it."""
+    drawn = {
+        name: section(**{option.name: draw(values(option)) for option in section.__attrs_attrs__})
+        for name, section in sections().items()
+    }
+    try:
+        return Config(**drawn)
+    except ConfigError:
+        assume(False)
+        raise
+
+
+@settings(max_examples=40, deadline=None)
+@given(config=configs())
+def test_a_dumped_configuration_loads_back_equal(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever the options hold, the text says exactly that, and says it the same way twice."""
+    path = tmp_path_factory.mktemp("dump") / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+    assert to_yaml(load_config(path)) == to_yaml(config)
+
+
+def test_the_text_names_every_option_in_the_order_of_the_schema(tmp_path: Path) -> None:
+    """The dump of the defaults begins as the schema does, with YAML's own words for true, false and null."""
+    dumped = to_yaml(Config(data=DataConfig("chats.jsonl")))
+    assert dumped.splitlines()[:10] == [
+        "model:",
+        "  model_name: mistralai/Mistral-7B-Instruct-v0.3",
+        "  cache_dir: ~/.cache/huggingface",
+        "  revision: null",
+        "  dtype: float16",
+        "  max_seq_length: 2048",
+        "  trust_remote_code: false",
+        "lora:",
+        "  rank: 16",
+        "  alpha: 32.0",
+    ]
+    assert {"  max_steps: null", "  shuffle: true", "  sample_prompts: []"} <= set(dumped.splitlines())

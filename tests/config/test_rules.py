@@ -1,0 +1,105 @@
+"""What options say about each other."""
+
+import pytest
+
+from mlx_trainer.config import ConfigError, load_config, unwise
+
+DATA: dict[str, object] = {"data.dataset_path": "chats.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            {"training.method": "full"},
+            "training.method full would lose its small updates in model.dtype float16; "
+            "set model.dtype to float32 or bfloat16",
+        ),
+        (
+            {"evaluation.patience": 3, "data.train_split": 1},
+            "evaluation.patience needs a held-out loss, and there are no held-out rows: "
+            "set data.train_split below 1 or data.validation_path",
+        ),
+        (
+            {"data.validation_path": "chats.jsonl"},
+            "data.validation_path is the same file as data.dataset_path: a loss on trained rows says nothing; "
+            "leave it out, and data.train_split holds rows back",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(overrides: dict[str, object], sentence: str) -> None:
+    """The error names both keys and says what to set."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=DATA | overrides)
+    assert str(caught.value) == f"override: {sentence}"
+
+
+def test_the_same_options_apart_are_fine() -> None:
+    """A rule refuses the pair only: each of its options is allowed without the other."""
+    for overrides in (
+        {"training.method": "full", "model.dtype": "bfloat16"},
+        {"evaluation.patience": 3},
+        {"evaluation.patience": 3, "data.train_split": 1, "data.validation_path": "held_out.jsonl"},
+        {"data.train_split": 1},
+    ):
+        load_config(overrides=DATA | overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentences"),
+    [
+        ({}, ()),
+        (
+            {"training.learning_rate": 2e-3},
+            ("training.learning_rate 0.002 is high for LoRA; 0.0002 is usual, and above 0.001 runs often diverge",),
+        ),
+        (
+            {"training.learning_rate": 2e-4, "training.method": "full", "model.dtype": "float32"},
+            (
+                "training.learning_rate 0.0002 is high for full fine-tuning; "
+                "2e-05 is usual, and above 0.0001 runs often diverge",
+            ),
+        ),
+        ({"training.learning_rate": 1e-2, "training.optimizer": "sgd"}, ()),
+        (
+            {"training.batch_size": 1, "training.gradient_accumulation_steps": 1},
+            (
+                "training.batch_size times training.gradient_accumulation_steps is 1: a step of one row is noisy; "
+                "8 to 32 rows are usual",
+            ),
+        ),
+        (
+            {"training.max_steps": 100, "training.save_steps": 50},
+            ("training.warmup_steps 100 does not fit training.max_steps (100): it will be cut to 10",),
+        ),
+        (
+            {"training.max_grad_norm": None},
+            ("training.max_grad_norm is off: one bad batch can undo many steps; 1 is usual",),
+        ),
+        (
+            {"lora.rank": 300, "lora.alpha": 300},
+            ("lora.rank 300 is nearly as costly as training.method full; 8 to 64 are usual",),
+        ),
+        (
+            {"lora.rank": 2},
+            ("lora.alpha 32 is 16 times lora.rank, which multiplies every update; one to two times is usual",),
+        ),
+        (
+            {"lora.dropout": 0.5},
+            ("lora.dropout 0.5 drops most of what an adapter could learn from; 0 to 0.1 is usual",),
+        ),
+        (
+            {"data.train_split": 1},
+            ("data.train_split 1 holds no rows back: there is no evaluation, and over-fitting goes unseen",),
+        ),
+        ({"data.train_split": 1, "data.validation_path": "held_out.jsonl"}, ()),
+        (
+            {"training.max_steps": 80, "training.warmup_steps": 8},
+            ("training.save_steps 100 is beyond training.max_steps (80): only the end of the run is saved",),
+        ),
+        ({"data.train_split": 0.2}, ("data.train_split 0.2 leaves most rows untrained; 0.9 is usual",)),
+    ],
+)
+def test_unwise_settings_are_told_and_not_refused(overrides: dict[str, object], sentences: tuple[str, ...]) -> None:
+    """Each unwise setting has one sentence with what is usual; the defaults have none."""
+    assert unwise(load_config(overrides=DATA | overrides)) == sentences
