@@ -63,7 +63,10 @@ class TrainerModule:
         return optimizers.AdamW(learning_rate=1e-3, bias_correction=True)
 
     def count(self, batch: Any) -> Mapping[str, int]:
-        """Sizes of a batch known on the host, such as {"tokens": 700}; each is logged per second."""
+        """Sizes of a batch known on the host, such as {"tokens": 700, "positions": 768}; each is logged per second.
+
+        From tokens and positions (what is computed, padding included) the share of padding is logged too.
+        """
         return {}
 
     def predict(self, batch: Any) -> Any:

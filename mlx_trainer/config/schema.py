@@ -55,7 +55,7 @@ class TrainingConfig:
     optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = option("Optimizer by name", "adamw")
     schedule: Literal["cosine", "linear", "constant"] = option("Learning rate after the warm-up", "cosine")
     learning_rate: float = option("Highest learning rate", 2e-4, Range(above=0, at_most=1))
-    warmup_steps: int = option("Steps over which the learning rate rises from 0", 100, NOT_NEGATIVE)
+    warmup_steps: int = option("Steps over which the learning rate rises to its highest", 100, NOT_NEGATIVE)
     weight_decay: float = option(
         "Share of the weights taken off, times the learning rate", 0.01, Range(at_least=0, at_most=1)
     )

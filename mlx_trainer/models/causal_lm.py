@@ -1,0 +1,192 @@
+"""`CausalLMModule`: any language model that mlx-lm loads, as something the trainer can train."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+
+from mlx_trainer.config import LoRAConfig
+from mlx_trainer.models import adapters, generation, loading, source
+from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.hf_config import ModelSettings, read_config
+from mlx_trainer.models.lora import inject_lora, unfreeze
+from mlx_trainer.models.loss import next_token_loss
+from mlx_trainer.models.parameters import ParameterStats, parameter_stats
+from mlx_trainer.module import LossOutput, TrainerModule
+from mlx_trainer.optim import build_optimizer
+
+log = logging.getLogger("mlx_trainer.models")
+
+
+class CausalLMModule(TrainerModule):
+    """A causal language model with LoRA adapters (`lora=None`: all weights train), its tokenizer, loss and generation.
+
+    Cheap to construct: the tokenizer is loaded at first use, the model at first use or `setup`. Each of `load_model`,
+    `inject_lora`, `forward`, `training_loss` and `generate` can be overridden alone. A batch has `input_ids`,
+    `attention_mask` and `labels`, all (rows, length), padded on the right, and `metadata` on the host.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | os.PathLike[str],
+        *,
+        lora: LoRAConfig | None = LoRAConfig(),  # noqa: B008 - frozen
+        dtype: str = "float16",
+        max_seq_length: int = 2048,
+        learning_rate: float = 2e-4,
+        optimizer: str = "adamw",
+        schedule: str = "cosine",
+        warmup_steps: int = 100,
+        weight_decay: float = 0.01,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        trust_remote_code: bool = False,
+        seed: int = 42,
+    ) -> None:
+        check_dtype(dtype, full=lora is None)
+        self.name = os.fspath(model_name_or_path)
+        self.lora = lora
+        self.dtype = dtype
+        self.max_seq_length = max_seq_length
+        self.revision = revision
+        self.cache_dir = cache_dir
+        self.trust_remote_code = trust_remote_code
+        self.seed = seed
+        self.artifact = "model" if lora is None else "adapter"
+        self._optimization = {
+            "name": optimizer,
+            "learning_rate": learning_rate,
+            "schedule": schedule,
+            "warmup_steps": warmup_steps,
+            "weight_decay": weight_decay,
+        }
+        self._model: nn.Module | None = None
+
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]
+        """The model with its adapters, loaded at first use."""
+        if self._model is None:
+            base = self.load_model()
+            self._model = unfreeze(base) if self.lora is None else self.inject_lora(base)
+            log.info("%s: %s", self.name, str(self.parameter_stats).rpartition("\n")[2])
+        return self._model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer, loaded without the model."""
+        return loading.load_tokenizer(self._directory(source.TOKENIZER_FILES), trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def settings(self) -> ModelSettings:
+        """The base model's config.json."""
+        return read_config(self._directory(source.TOKENIZER_FILES))
+
+    @property
+    def parameter_stats(self) -> ParameterStats:
+        """How many parameters there are and which train; loads the model."""
+        return parameter_stats(self.model)
+
+    def setup(self, stage: str) -> None:
+        """Load the model where that has not happened; dropout is on for "fit" alone."""
+        self.model.train(stage == "fit")
+
+    def load_model(self) -> nn.Module:
+        """Return the base model as `dtype`; downloads it where it is no local folder and not in the cache."""
+        directory = self._directory(source.MODEL_FILES)
+        positions = self.settings.get("max_position_embeddings")
+        if isinstance(positions, int) and self.max_seq_length > positions:
+            log.warning("max_seq_length is %d, but %s knows %d positions.", self.max_seq_length, self.name, positions)
+        return loading.load_model(directory, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+
+    def inject_lora(self, model: nn.Module) -> nn.Module:
+        """Freeze `model` and put adapters on the layers that `lora.target_modules` name."""
+        return inject_lora(model, self.lora or LoRAConfig(), seed=self.seed)
+
+    def forward(self, batch: Any) -> mx.array:
+        """Return the logits, (rows, length, vocabulary).
+
+        No mask is needed: attention is causal and padding stands on the right, so no real token sees it.
+        """
+        logits: mx.array = self.model(batch.input_ids)
+        return logits
+
+    def training_loss(self, batch: Any) -> LossOutput:
+        """Return the summed next-token loss; in eval mode with `token_accuracy`, whose argmax training is spared."""
+        return next_token_loss(self.forward(batch), batch.labels, accuracy=not self.model.training)
+
+    def predict(self, batch: Any) -> mx.array:
+        """Return the logits of a batch."""
+        return self.forward(batch)
+
+    def configure_optimizer(self, total_steps: int | None) -> Optimizer:
+        """Return the optimizer that the constructor's arguments describe."""
+        return build_optimizer(**self._optimization, total_steps=total_steps)  # type: ignore[arg-type]
+
+    def count(self, batch: Any) -> Mapping[str, int]:
+        """Return the rows, real tokens and trained tokens of a batch, and the positions computed for them."""
+        data, (rows, length) = batch.metadata, batch.input_ids.shape
+        return {
+            "rows": rows,
+            "tokens": data.tokens,
+            "trained_tokens": data.trained_tokens,
+            "positions": rows * length,
+        }
+
+    def generate(
+        self,
+        prompts: Sequence[generation.Prompt],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        timeout_s: float | None = None,
+    ) -> list[str]:
+        """Return the answer to each prompt (a text or a list of messages), the likeliest tokens at temperature 0.
+
+        A prompt and its answer hold at most `max_seq_length` tokens; `timeout_s` bounds each answer. The model's mode
+        and MLX's random state are afterwards what they were.
+        """
+        stop, training = generation.stop_ids(self.tokenizer, self.settings), self.model.training
+        self.model.eval()
+        try:
+            return [
+                self._answer(prompt, stop, max_tokens=max_tokens, temperature=temperature, timeout_s=timeout_s)
+                for prompt in prompts
+            ]
+        finally:
+            self.model.train(training)
+
+    def save(self, directory: Path) -> None:
+        """Write what trains into `directory`, in mlx-lm's adapter layout."""
+        adapters.save_adapters(self.model, directory, base=self.name)
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote; raises ModelError, and changes nothing, where it does not fit."""
+        adapters.load_adapters(self.model, directory)
+
+    def _answer(self, prompt: generation.Prompt, stop: set[int], *, max_tokens: int, **sampling: Any) -> str:
+        ids = generation.encode_prompt(self.tokenizer, prompt)
+        room = self.max_seq_length - len(ids)
+        if room < 1:
+            raise ModelError(f"A prompt has {len(ids)} tokens; max_seq_length is {self.max_seq_length}.")
+        limit = min(max_tokens, room)
+        answer = generation.continue_ids(self.model, ids, max_tokens=limit, stop=stop, seed=self.seed, **sampling)
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+    def _directory(self, files: Sequence[str]) -> Path:
+        return source.resolve(self.name, revision=self.revision, cache_dir=self.cache_dir, files=files)
+
+
+def check_dtype(dtype: str, *, full: bool) -> None:
+    """Raise ModelError for an unknown type, and for full fine-tuning in float16, where Adam's 1e-8 is 0 and divides."""
+    if dtype not in loading.DTYPES:
+        raise ModelError(f"dtype {dtype!r} is unknown; it is one of {', '.join(loading.DTYPES)}.")
+    if full and dtype == "float16":
+        raise ModelError(
+            'Full fine-tuning (lora=None) in float16 loses its updates; use dtype="float32" or "bfloat16".'
+        )

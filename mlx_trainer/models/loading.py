@@ -1,0 +1,113 @@
+"""Loading a base model and its tokenizer from a local directory in Hugging Face layout."""
+
+import difflib
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+
+from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.hf_config import ModelSettings, found, normalised, read_config
+from mlx_trainer.models.libraries import quiet_imports
+from mlx_trainer.state import preserved_random_state
+
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+def load_model(directory: Path, *, dtype: str = "float16", trust_remote_code: bool = False) -> nn.Module:
+    """Return the model in `directory`, in eval mode, its floating-point parameters as `dtype` and in memory.
+
+    Packed weights of a quantized model stay as they are; their scales become `dtype`, since a scale of another type
+    makes every activation float32. MLX's random state is left alone. Raises ModelError.
+    """
+    settings = read_config(directory)
+    refuse_remote_code(directory, settings, trust_remote_code)
+    settings = normalised(settings, tensor_names(directory))
+    with quiet_imports():
+        from mlx_lm.utils import load_model as load
+
+        check_model_type(directory, settings)
+    try:
+        with preserved_random_state():  # layers draw their first values, which the file's then replace
+            model, _ = load(directory, lazy=True, model_config=settings, trust_remote_code=trust_remote_code)
+        cast(model, DTYPES[dtype])
+        mx.eval(model.parameters())
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise ModelError(f"The weights in {directory} do not fit its config.json: {text[:400]}") from error
+    return model
+
+
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Turn floating-point parameters into `dtype`, but those that the architecture keeps precise (`cast_predicate`)."""
+    wanted = getattr(model, "cast_predicate", lambda name: True)
+
+    def convert(name: str, value: mx.array) -> mx.array:
+        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) and wanted(name) else value
+
+    model.update(tree_map_with_path(convert, model.parameters()))
+
+
+def refuse_remote_code(directory: Path, settings: ModelSettings, trusted: bool) -> None:
+    """Raise ModelError where the model would run Python code of its own and nobody has agreed to that."""
+    if "model_file" in settings and not trusted:
+        raise ModelError(
+            f"The model in {directory} runs its own code ({settings['model_file']}). "
+            "Read that file, and pass trust_remote_code=True if you trust it."
+        )
+
+
+def check_model_type(directory: Path, settings: ModelSettings) -> None:
+    """Raise ModelError, with the nearest known names, where mlx-lm has no architecture for the model type."""
+    from mlx_lm import models
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    known = {module.name for module in pkgutil.iter_modules(models.__path__)} | set(MODEL_REMAPPING)
+    kind = settings["model_type"]
+    if kind not in known and "model_file" not in settings:
+        near = difflib.get_close_matches(kind, known, n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ModelError(f'{directory / "config.json"}: mlx-lm has no architecture for model_type "{kind}".{hint}')
+
+
+def tensor_names(directory: Path) -> set[str]:
+    """Return the names of all tensors in model*.safetensors, reading headers only; raises ModelError."""
+    paths = sorted(directory.glob("model*.safetensors"))
+    index = directory / "model.safetensors.index.json"
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index} is not a table of weights: {error}.") from error
+    if missing := sorted(shards - {path.name for path in paths}):
+        raise ModelError(
+            f"{directory} lacks {len(missing)} of its {len(shards)} weight files: {', '.join(missing[:5])}."
+        )
+    if not paths:
+        raise ModelError(f"{directory} has no weights (model*.safetensors); {found(directory)}.")
+    return {name for path in paths for name in open_tensors(path)}
+
+
+def open_tensors(path: Path) -> dict[str, mx.array]:
+    """Return the tensors of a safetensors file, not read yet; raises ModelError where its header is broken."""
+    try:
+        tensors = mx.load(str(path), format="safetensors")
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is not a complete safetensors file: {error}") from error
+    assert isinstance(tensors, dict)
+    return tensors
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the transformers tokenizer in `directory`; raises ModelError where there is none or it cannot be read."""
+    if not any(any(directory.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken")):
+        raise ModelError(f"{directory} has no tokenizer (tokenizer.json); {found(directory)}.")
+    with quiet_imports():
+        from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exception on a broken tokenizer.json
+        raise ModelError(f"The tokenizer in {directory} cannot be read: {error}") from error

@@ -1,0 +1,81 @@
+"""From a model's name to a local directory: a folder as it stands, or a snapshot of a Hub repository."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_trainer.models.error import ModelError
+
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")
+MODEL_FILES = ("model*.safetensors", *TOKENIZER_FILES)
+# Mistral's repositories hold the weights a second time under these names; fetching them would double the download.
+DUPLICATES = ("consolidated*", "tekken.json")
+
+
+def resolve(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    files: Sequence[str] = MODEL_FILES,
+) -> Path:
+    """Return the directory of a local model, or of a Hub model after downloading what is missing of `files`.
+
+    `revision` pins a branch, tag or commit of the Hub; `cache_dir` is Hugging Face's home folder (the snapshots lie in
+    its `hub`) or the snapshots' folder itself. Without a network the cache answers. Raises ModelError.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ModelError(f"revision {revision!r} was given, but {path} is a local folder, which has no revisions.")
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file; a model is a folder with config.json, weights and a tokenizer.")
+    name = os.fspath(name_or_path)
+    if looks_local(name):
+        raise ModelError(f"There is no folder {name}. Give an existing folder, or a Hub name such as owner/model.")
+    return snapshot(name, revision, hub_cache(cache_dir), files)
+
+
+def looks_local(name: str) -> bool:
+    """Tell whether `name` can only mean a path: it starts like one, or has more than the one slash of a Hub name."""
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith("/")
+
+
+def hub_cache(cache_dir: str | os.PathLike[str] | None) -> Path | None:
+    """Return the folder of the `models--*` snapshots for a Hugging Face home folder; None means the library's own."""
+    if cache_dir is None:
+        return None
+    directory = Path(cache_dir).expanduser()
+    return directory if any(directory.glob("models--*")) else directory / "hub"
+
+
+def snapshot(name: str, revision: str | None, cache: Path | None, files: Sequence[str]) -> Path:
+    """Return the local snapshot of Hub repository `name`, downloading what is missing; raises ModelError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        found = snapshot_download(
+            name, revision=revision, cache_dir=cache, allow_patterns=list(files), ignore_patterns=list(DUPLICATES)
+        )
+    except HFValidationError as error:
+        raise ModelError(f"{name!r} is neither an existing folder nor a Hub name (owner/model): {error}") from error
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"The Hub has no model {name!r} that you may read. Check the name; log in if it is private."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{name} has no revision {revision!r} on the Hub.") from error
+    except OSError as error:  # no network and not in the cache, a server's error, a full disk
+        raise ModelError(f"{name} could not be had from the Hub or its cache: {first_line(error)}") from error
+    return Path(found)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text; the Hub's run over many."""
+    return str(error).strip().partition("\n")[0]

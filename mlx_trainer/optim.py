@@ -1,0 +1,145 @@
+"""Optimizers and learning-rate schedules by name."""
+
+import difflib
+import logging
+import math
+from collections.abc import Callable, Collection
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+from attrs import frozen
+from mlx.optimizers import Optimizer
+
+log = logging.getLogger("mlx_trainer.optim")
+
+Schedule = Callable[[mx.array], mx.array]
+"""The learning rate of an update from the number of updates before it, both scalars."""
+Decay = Callable[[mx.array], mx.array]
+"""The share left of what decays, 1 to 0, from the progress after the warm-up, 0 to 1."""
+
+SCHEDULES: dict[str, Decay] = {
+    "constant": mx.ones_like,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + mx.cos(math.pi * progress)),
+}
+
+
+@frozen
+class Settings:
+    """What an optimizer is made from; `betas` None means the optimizer's own."""
+
+    rate: Schedule
+    weight_decay: float
+    betas: tuple[float, float] | None
+
+    def momentum(self, default: float) -> float:
+        """The first of `betas`, for optimizers that have one moment."""
+        return default if self.betas is None else self.betas[0]
+
+
+def adamw(settings: Settings) -> Optimizer:
+    """Return AdamW with bias correction, as in its paper and in torch; MLX leaves that off by default."""
+    betas = list(settings.betas or (0.9, 0.999))
+    return optimizers.AdamW(settings.rate, betas=betas, weight_decay=settings.weight_decay, bias_correction=True)
+
+
+def adam(settings: Settings) -> Optimizer:
+    """Return Adam with bias correction; it has no weight decay."""
+    if settings.weight_decay:
+        log.warning("adam has no weight decay, so %g is not used; adamw has.", settings.weight_decay)
+    return optimizers.Adam(settings.rate, betas=list(settings.betas or (0.9, 0.999)), bias_correction=True)
+
+
+def sgd(settings: Settings) -> Optimizer:
+    """Return SGD with the first of `betas` as its momentum, by default none; its decay is added to the gradient."""
+    return optimizers.SGD(settings.rate, momentum=settings.momentum(0.0), weight_decay=settings.weight_decay)
+
+
+def lion(settings: Settings) -> Optimizer:
+    """Return Lion; its updates are signs, so it wants a third to a tenth of AdamW's learning rate."""
+    return optimizers.Lion(settings.rate, betas=list(settings.betas or (0.9, 0.99)), weight_decay=settings.weight_decay)
+
+
+def adafactor(settings: Settings) -> Optimizer:
+    """Return Adafactor following the schedule: its own relative steps and parameter scaling are off."""
+    return optimizers.Adafactor(
+        settings.rate, weight_decay=settings.weight_decay, relative_step=False, scale_parameter=False
+    )
+
+
+def muon(settings: Settings) -> Optimizer:
+    """Return Muon, made for matrices; vectors get plain momentum steps. Its decay is added to the gradient."""
+    return optimizers.Muon(settings.rate, momentum=settings.momentum(0.95), weight_decay=settings.weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[[Settings], Optimizer]] = {
+    "adamw": adamw,
+    "adam": adam,
+    "sgd": sgd,
+    "lion": lion,
+    "adafactor": adafactor,
+    "muon": muon,
+}
+
+
+def build_optimizer(
+    name: str,
+    learning_rate: float,
+    *,
+    schedule: str = "constant",
+    total_steps: int | None = None,
+    warmup_steps: int = 0,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] | None = None,
+    minimum_ratio: float = 0.0,
+) -> Optimizer:
+    """Return the optimizer `name` whose learning rate follows `schedule`, see `build_schedule`; raises ValueError."""
+    make = OPTIMIZERS[known("optimizer", name, OPTIMIZERS)]
+    rate = build_schedule(schedule, learning_rate, total_steps, warmup_steps, minimum_ratio)
+    return make(Settings(rate, weight_decay, betas))
+
+
+def build_schedule(
+    name: str, learning_rate: float, total_steps: int | None, warmup_steps: int = 0, minimum_ratio: float = 0.0
+) -> Schedule:
+    """Return the learning rate of update k = 0, 1, ... of `total_steps`, with W warm-up steps counted in updates:
+
+        learning_rate * (k + 1) / W                                                   for k < W
+        learning_rate * (m + (1 - m) * decay((k - W) / (total_steps - W)))            for k >= W, m = minimum_ratio
+
+    The first update already moves (k + 1, not k), and the last is not wasted on a rate of 0. A warm-up as long as the
+    run is shortened to a tenth of it, with a warning. Raises ValueError, also for a decay without an end.
+    """
+    decay = SCHEDULES[known("schedule", name, SCHEDULES)]
+    if total_steps is None and name != "constant":
+        raise ValueError(f"The {name} schedule must know its end: set max_steps or max_epochs, or use constant.")
+    if learning_rate <= 0:
+        raise ValueError(f"The learning rate must be above 0, not {learning_rate}.")
+    warmup = warmup_within(warmup_steps, total_steps)
+    length = max(1, (total_steps or 0) - warmup)
+
+    def rate(step: mx.array) -> mx.array:
+        k = step.astype(mx.float32)
+        progress = mx.clip((k - warmup) / length, 0.0, 1.0)
+        share = minimum_ratio + (1 - minimum_ratio) * decay(progress)
+        return learning_rate * mx.where(k < warmup, (k + 1) / max(warmup, 1), share)
+
+    return rate
+
+
+def warmup_within(warmup_steps: int, total_steps: int | None) -> int:
+    """Return the warm-up, cut to a tenth of the run with a warning where it would take the whole of it."""
+    if total_steps is None or warmup_steps < max(total_steps, 1):
+        return warmup_steps
+    shorter = total_steps // 10
+    log.warning("A warm-up of %d steps does not fit a run of %d; it takes %d.", warmup_steps, total_steps, shorter)
+    return shorter
+
+
+def known(what: str, name: str, names: Collection[str]) -> str:
+    """Return `name` where it is one of `names`; raises ValueError that lists them and the nearest."""
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ValueError(f"There is no {what} {name!r}.{hint} Known are {', '.join(names)}.")
