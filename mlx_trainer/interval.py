@@ -1,7 +1,6 @@
 """The steps since the last log: kept as lazy arrays, read all at once."""
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,33 +23,36 @@ class StepRecord:
 
 
 class LogInterval:
-    """Collects steps without reading them; `read` gives their means and starts anew."""
+    """Collects steps without reading them; `read` gives their means and starts anew.
 
-    def __init__(self) -> None:
+    `counts` are the run's totals (`TrainingState.counts`) at the start and at the end of the interval.
+    """
+
+    def __init__(self, counts: Mapping[str, int]) -> None:
         self._steps: list[tuple[int, StepOutput, Sequence[Any]]] = []
-        self._counts: Counter[str] = Counter()
+        self._counts = dict(counts)
         self._start = time.perf_counter()
 
-    def add(self, step: int, output: StepOutput, metadata: Sequence[Any], counts: Mapping[str, int]) -> None:
+    def add(self, step: int, output: StepOutput, metadata: Sequence[Any]) -> None:
         """Keep one step."""
         self._steps.append((step, output, metadata))
-        self._counts.update(counts)
 
     def skip_time(self, seconds: float) -> None:
         """Leave out time spent on something else, such as an evaluation."""
         self._start += seconds
 
-    def read(self) -> tuple[dict[str, float], tuple[StepRecord, ...]]:
+    def read(self, counts: Mapping[str, int]) -> tuple[dict[str, float], tuple[StepRecord, ...]]:
         """The means by TensorBoard tag, and each step. Waits for the last of them to be computed."""
+        used = {name: count - self._counts.get(name, 0) for name, count in counts.items()}
         outputs = [output for _, output, _ in self._steps]
         metrics = _means(outputs)
         seconds, steps = time.perf_counter() - self._start, len(outputs)
         metrics["perf/step_ms"] = 1000 * seconds / steps
-        metrics |= {f"train/{name}_per_second": count / seconds for name, count in self._counts.items()}
-        if self._counts.get("positions"):
-            metrics["perf/padding"] = 1 - self._counts["tokens"] / self._counts["positions"]
+        metrics |= {f"train/{name}_per_second": count / seconds for name, count in used.items()}
+        if used.get("positions"):
+            metrics["perf/padding"] = 1 - used["tokens"] / used["positions"]
         records = tuple(_record(*each) for each in self._steps)
-        self.__init__()  # type: ignore[misc]
+        self.__init__(counts)  # type: ignore[misc]
         return metrics, records
 
     def __len__(self) -> int:

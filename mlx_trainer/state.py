@@ -1,6 +1,6 @@
 """Where a run stands: what a checkpoint holds beside parameters and optimizer state."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import attrs
@@ -21,12 +21,13 @@ class TrainingState:
     seconds: float = 0.0
     """Time spent in `fit`."""
 
-    def consume(self, micro_batches: int, counts: dict[str, int]) -> None:
-        """One more step, made of so many micro-batches."""
+    def consume(self, micro_batches: Sequence[Mapping[str, int]]) -> None:
+        """One more step, made of micro-batches of these sizes."""
         self.step += 1
-        self.position += micro_batches
-        for name, count in counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
+        self.position += len(micro_batches)
+        for sizes in micro_batches:
+            for name, size in sizes.items():
+                self.counts[name] = self.counts.get(name, 0) + size
 
     def next_epoch(self) -> None:
         """The first position of the next epoch."""

@@ -10,7 +10,6 @@ which adds its gradients to a float32 sum, and a last call updates: a shape is t
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import cached_property, reduce
 from typing import Any
 
@@ -95,15 +94,19 @@ class TrainStep:
     def __call__(self, batches: Sequence[Any]) -> StepOutput:
         """Dispatch one step and return at once; nothing is read from the device."""
         trees = [to_tree(batch) for batch in batches]
-        shapes = {shape_key(tree) for tree in trees}
-        # A known shape runs no Python code that could fail; keeping references would keep its memory from being reused.
-        with nullcontext() if shapes <= self._seen else restored_on_error(self._state[:2]):
-            results = self._whole(trees[0]) if self.accumulate == 1 else self._many(trees)
-        self._seen |= shapes
+        shapes = [shape_key(tree) for tree in trees]
+        if all(shape in self._seen for shape in shapes):  # no Python code runs, so nothing can fail
+            results = self._dispatch(trees)
+        else:
+            with restored_on_error(self._state[:2]):
+                results = self._dispatch(trees)
+            self._seen.update(shapes)
         mx.async_eval(results, self._state)
         return StepOutput(*results)
 
-    def _many(self, trees: Sequence[Any]) -> Any:
+    def _dispatch(self, trees: Sequence[Any]) -> Any:
+        if self.accumulate == 1:
+            return self._whole(trees[0])
         gradients, sums = self._zeros(), []
         for tree in trees:
             batch_sums, gradients = self._add(tree, gradients)

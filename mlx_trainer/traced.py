@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlx_trainer.state import key_to_seed, random_key, restore_random_state
 
@@ -42,13 +42,16 @@ def as_array(leaf: Any) -> Any:
 
 def shape_key(tree: Any) -> tuple[Any, ...]:
     """What `mx.compile` keys its traces by: shapes and types of arrays, and constants."""
-    return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, mx.array) else leaf for leaf in leaves(tree))
+    return tuple([(leaf.shape, leaf.dtype) if isinstance(leaf, mx.array) else leaf for leaf in leaves(tree)])
 
 
 def leaves(tree: Any) -> list[Any]:
-    """What stands in a tree, in order."""
-    named: Any = tree_flatten(tree)
-    return [leaf for _, leaf in named]
+    """What stands in a tree, in order; several times faster than `tree_flatten`, which also names them."""
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return [tree]
+    return [leaf for part in tree for leaf in leaves(part)]
 
 
 def copied(tree: Any) -> Any:

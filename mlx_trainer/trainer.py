@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -210,7 +209,7 @@ class Trainer:
         self.module.model.train()
         mx.eval(self.module.model.parameters(), self.optimizer.state)
         self._step = TrainStep(self.module, self.optimizer, self.accumulate, self.events.transforms, self.events.guards)
-        self._interval = LogInterval()
+        self._interval = LogInterval(self.state.counts)
         self._started = time.perf_counter() - self.state.seconds
 
     def _resume_path(self) -> Path | None:
@@ -252,11 +251,8 @@ class Trainer:
         if ahead is not None:
             mx.eval(ahead.total)
 
-        counts = Counter[str]()
-        for batch in window:
-            counts.update(self.module.count(batch))
-        self.state.consume(len(window), counts)
-        self._interval.add(step, self.step_output, [getattr(batch, "metadata", None) for batch in window], counts)
+        self.state.consume([self.module.count(batch) for batch in window])
+        self._interval.add(step, self.step_output, [getattr(batch, "metadata", None) for batch in window])
         self.events.emit_step("on_step_end", self, self.module, step)
         self._stop_at_limits()
         self._log_due = step % self.log_every == 0
@@ -280,7 +276,7 @@ class Trainer:
         if not self._log_due:
             return
         self._log_due = False
-        metrics, self.recent_steps = self._interval.read()
+        metrics, self.recent_steps = self._interval.read(self.state.counts)
         self.events.emit("on_log", self, self.module, self.recent_steps[-1].step, metrics)
         self.metrics = metrics
 
