@@ -33,6 +33,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import mlx.core as mx
 
+from mlx_trainer.traced import Gradients as Gradients  # for callbacks that transform them
+
 if TYPE_CHECKING:
     from mlx_trainer.evaluation import EvalMetrics
     from mlx_trainer.module import TrainerModule
@@ -40,9 +42,6 @@ if TYPE_CHECKING:
     from mlx_trainer.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-Gradients = Any
-"""A tree of arrays shaped like the trainable parameters."""
 
 Phase = Literal["callback", "logger", "checkpoint"]
 PHASES: tuple[Phase, ...] = ("callback", "logger", "checkpoint")

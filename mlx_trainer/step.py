@@ -19,9 +19,8 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
-from mlx_trainer.callback import Gradients
 from mlx_trainer.module import LossOutput, TrainerModule
-from mlx_trainer.traced import assign, copied, from_tree, leaves, restored_on_error, shape_key, to_tree
+from mlx_trainer.traced import Gradients, assign, copied, from_tree, leaves, restored_on_error, shape_key, to_tree
 
 Sums = tuple[mx.array, mx.array, dict[str, mx.array]]
 """A `LossOutput` as a tree: total, weight, metrics."""

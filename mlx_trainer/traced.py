@@ -11,12 +11,15 @@ from mlx.utils import tree_map
 
 from mlx_trainer.state import key_to_seed, random_key, restore_random_state
 
+Gradients = Any
+"""A tree of arrays shaped like the trainable parameters."""
+
 HOST_FIELD = "metadata"
 _batch_types: dict[str, type] = {}
 
 
 def to_tree(batch: Any) -> Any:
-    """The batch as a tree of MLX arrays, as `mx.compile` takes it; an attrs object becomes its type's key and fields."""
+    """The batch as a tree of MLX arrays, for `mx.compile`; an attrs object becomes its type's key and its fields."""
     if not attrs.has(type(batch)):
         return tree_map(as_array, batch)
     key = f"{type(batch).__qualname__}@{id(type(batch))}"

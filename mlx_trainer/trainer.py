@@ -12,12 +12,13 @@ from typing import Any, Literal
 import attrs
 import mlx.core as mx
 
-from mlx_trainer import loaders, snapshot
+from mlx_trainer import loaders
 from mlx_trainer.callback import Callback, Events
 from mlx_trainer.evaluation import EvalMetrics, EvaluationStep, Metric, evaluating
 from mlx_trainer.interval import LogInterval, StepRecord
 from mlx_trainer.loaders import DataSource, Loader
 from mlx_trainer.module import TrainerModule
+from mlx_trainer.snapshot import Snapshot
 from mlx_trainer.state import TrainingState
 from mlx_trainer.step import StepOutput, TrainStep
 from mlx_trainer.traced import from_tree, to_tree
@@ -132,7 +133,7 @@ class Trainer:
 
     def write_checkpoint(self, directory: Path) -> None:
         """Fill an existing directory with all that a resumed run needs."""
-        snapshot.write(directory, self.module, self.optimizer, self.state, self.events.callbacks, self._train_loader)
+        self._snapshot.write(directory)
 
     # The three things a trainer does.
 
@@ -202,9 +203,10 @@ class Trainer:
         """The optimizer, what a checkpoint restores, and only then the compiled step, which captures both."""
         self.optimizer = self.module.configure_optimizer(self.total_steps)
         self.optimizer.init(self.module.model.trainable_parameters())
+        self._snapshot = Snapshot(self.module, self.optimizer, self.state, self.events.callbacks, self._train_loader)
         path = self._resume_path()
         if path is not None:
-            snapshot.read(path, self.module, self.optimizer, self.state, self.events.callbacks, self._train_loader)
+            self._snapshot.read(path)
             logger.info("resumed from %s: step %d, epoch %d", path, self.state.step, self.state.epoch)
         self.module.model.train()
         mx.eval(self.module.model.parameters(), self.optimizer.state)

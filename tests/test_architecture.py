@@ -34,9 +34,9 @@ ALLOWED = {
     "traced": {"state"},
     "module": set(),
     "checkpoint": set(),
-    "callback": {"evaluation", "module", "step", "trainer"},  # for its types only
+    "callback": {"traced"} | {"evaluation", "module", "step", "trainer"},  # the latter for their types only
     "evaluation": {"state", "traced", "module"} | LEAVES,
-    "step": {"callback", "module", "traced"},
+    "step": {"module", "traced"},
     "interval": {"step", "traced"},
     "loaders": set(),
     "snapshot": {"callback", "checkpoint", "loaders", "module", "state"},
