@@ -1,0 +1,28 @@
+"""Rows to batches: JSONL in, padded ids and labels out, with every answer's tokens trained and nothing else."""
+
+from mlx_trainer.data.batch import IGNORED, Batch, BatchMetadata, collate
+from mlx_trainer.data.conversation import Conversation, DataError, Message, PromptCompletion, RowError, Text
+from mlx_trainer.data.encoding import SampleEncoder
+from mlx_trainer.data.loader import BatchLoader
+from mlx_trainer.data.pipeline import DataPipeline
+from mlx_trainer.data.plan import plan, split
+from mlx_trainer.data.summary import DataSummary
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "BatchLoader",
+    "BatchMetadata",
+    "Conversation",
+    "DataError",
+    "DataPipeline",
+    "DataSummary",
+    "Message",
+    "PromptCompletion",
+    "RowError",
+    "SampleEncoder",
+    "Text",
+    "collate",
+    "plan",
+    "split",
+]

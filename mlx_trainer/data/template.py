@@ -1,0 +1,120 @@
+"""Any other model's chat template: which ids are the assistant's, proved row by row.
+
+Where the template marks its assistant parts with `{% generation %}`, that mask is taken. Else the ids of the whole
+conversation must begin with the ids of the prompt before an answer, and with those up to its end; what lies between
+is the answer. A row for which this does not hold is a bad row: its tokens cannot be told apart.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+from attrs import frozen
+
+from mlx_trainer.data.conversation import Conversation, RowError
+from mlx_trainer.data.tokenizer import ChatTokenizer, TextEncoder, Tokens
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@frozen
+class TemplateFormat:
+    """A tokenizer with a chat template; `encoder` must read control tokens, which templates write as text."""
+
+    tokenizer: ChatTokenizer
+    encoder: TextEncoder
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Tokens | RowError]:
+        """Tokens of each conversation, or why its assistant ids cannot be told."""
+        refusals = [self.refusal(conversation) for conversation in conversations]
+        usable = [c for c, refusal in zip(conversations, refusals, strict=True) if refusal is None]
+        marked = GENERATION.search(str(self.tokenizer.chat_template)) is not None
+        by_marks = iter(self.by_marks([c for c in usable if marked and all_weigh(c)]))
+        by_prefixes = iter(self.by_prefixes([c for c in usable if not (marked and all_weigh(c))]))
+        return [
+            refusal or next(by_marks if marked and all_weigh(conversation) else by_prefixes)
+            for conversation, refusal in zip(conversations, refusals, strict=True)
+        ]
+
+    def refusal(self, conversation: Conversation) -> RowError | None:
+        """Why the conversation cannot be rendered: a text holds a control token, or the template fails."""
+        from jinja2 import TemplateError
+
+        for number, message in enumerate(conversation.messages):
+            if token := self.encoder.spelled_control(message.content):
+                return RowError(f"messages[{number}].content: holds {token!r}, which would become a control token")
+        try:
+            self.render(conversation, len(conversation.messages))
+        except TemplateError as error:
+            return RowError(f"messages: the chat template refuses them: {error}")
+        return None
+
+    def render(self, conversation: Conversation, count: int, *, prompt: bool = False) -> str:
+        """The first `count` messages as the template writes them; with `prompt`, as when an answer is asked for."""
+        messages = [{"role": m.role, "content": m.content} for m in conversation.messages[:count]]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+
+    def by_marks(self, conversations: Sequence[Conversation]) -> list[Tokens | RowError]:
+        """Tokens with the template's own mask; an EOS that follows a marked part is trained too, or none would stop."""
+        if not conversations:
+            return []
+        messages = [[{"role": m.role, "content": m.content} for m in c.messages] for c in conversations]
+        encoded = self.tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+        )
+        rows = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        return [marked_tokens(ids, mask, self.tokenizer.eos_token_id) for ids, mask in rows]
+
+    def by_prefixes(self, conversations: Sequence[Conversation]) -> list[Tokens | RowError]:
+        """Tokens of each conversation, told by prefix differences; all prefixes are encoded in one batch."""
+        ends = [[i for i, m in enumerate(c.messages) if m.role == "assistant"] for c in conversations]
+        texts = [
+            text
+            for conversation, answers in zip(conversations, ends, strict=True)
+            for i in answers
+            for text in (self.render(conversation, i, prompt=True), self.render(conversation, i + 1))
+        ]
+        encoded = iter(self.encoder.encode(texts))
+        eos = self.tokenizer.eos_token_id
+        return [
+            told_by_prefixes(c, answers, list(islice(encoded, 2 * len(answers))), eos)
+            for c, answers in zip(conversations, ends, strict=True)
+        ]
+
+
+def all_weigh(conversation: Conversation) -> bool:
+    """Whether every assistant message is trained; a template's own marks know no weights."""
+    return all(assistant.weight for _, assistant in conversation.turns)
+
+
+def marked_tokens(ids: Sequence[int], mask: Sequence[int], eos: int | None) -> Tokens | RowError:
+    """Tokens of one row of `return_assistant_tokens_mask`, with the EOS after each marked part."""
+    trained = np.array(mask, dtype=np.bool_)
+    if not trained.any():
+        return RowError("messages: the template's {% generation %} marks cover no token of this row")
+    if eos is not None:
+        trained[1:] |= (np.array(ids[1:]) == eos) & trained[:-1]
+    return Tokens.of(ids, trained)
+
+
+def told_by_prefixes(
+    conversation: Conversation, answers: Sequence[int], encoded: Sequence[Sequence[int]], eos: int | None
+) -> Tokens | RowError:
+    """Tokens of one row of (prompt, up to its answer's end) ids for each answer; the last are the whole row's."""
+    whole = encoded[-1]
+    trained = np.zeros(len(whole), dtype=np.bool_)
+    for message, prompt, until in zip(answers, encoded[::2], encoded[1::2], strict=True):
+        if whole[: len(prompt)] != prompt or whole[: len(until)] != until:
+            return RowError(
+                f"messages[{message}]: the chat template does not write the part before this answer in training as it "
+                "does when asking for it, so the answer's tokens cannot be told; a template with {% generation %} would"
+            )
+        stop = end_of_answer(whole, len(prompt), len(until), eos)
+        trained[len(prompt) : stop] = bool(conversation.messages[message].weight)
+    return Tokens.of(whole, trained)
+
+
+def end_of_answer(ids: Sequence[int], start: int, stop: int, eos: int | None) -> int:
+    """Where the answer in `ids[start:stop]` ends: after its last EOS, else at `stop`."""
+    return next((i + 1 for i in range(stop - 1, start - 1, -1) if ids[i] == eos), stop)
