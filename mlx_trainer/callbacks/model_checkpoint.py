@@ -1,0 +1,138 @@
+"""Checkpoints, and the finished result."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import asdict, frozen
+
+from mlx_trainer.callback import Callback
+from mlx_trainer.callbacks.monitor import check_mode, improves, monitored
+from mlx_trainer.callbacks.places import place, writable_folder
+from mlx_trainer.callbacks.timing import check_every, run_ends
+from mlx_trainer.checkpoint import CheckpointStore, write_directory
+from mlx_trainer.evaluation import EvalMetrics
+from mlx_trainer.module import TrainerModule
+from mlx_trainer.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@frozen
+class Best:
+    """The best value of the monitored metric, and the step that had it."""
+
+    step: int
+    value: float
+
+
+class ModelCheckpoint(Callback):
+    """Saves `directory/checkpoints/step-…` every `every` steps and after the last one, and the result at the end.
+
+    `directory` is the trainer's run folder unless given. The newest `keep_last` stay (None: all). With `monitor`, a
+    metric of the evaluations such as "val/loss", each evaluation better than all before it is saved too, and the best
+    one stays; `mode` says whether "min" or "max" is better. NaN and infinity are never best, a tie keeps the earlier.
+    When the run ends well the module is saved into `directory/<module.artifact>`. `save_at_end=False` leaves out the
+    checkpoint after the last step. Raises OSError at the start for a folder that cannot be written.
+
+    Costs one comparison a step; a checkpoint waits for the step, then writes its files and reads them back.
+    """
+
+    phase = "checkpoint"
+
+    def __init__(
+        self,
+        directory: str | Path | None = None,
+        every: int | None = 100,
+        keep_last: int | None = 3,
+        monitor: str | None = None,
+        mode: str = "min",
+        save_at_end: bool = True,
+    ) -> None:
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"ModelCheckpoint: keep_last is {keep_last}; it must be 1 or more, or None to keep all")
+        self.directory, self.every, self.keep_last = directory, check_every(every, "ModelCheckpoint"), keep_last
+        self.monitor, self.mode, self.save_at_end = monitor, check_mode(mode), save_at_end
+        self._store: CheckpointStore | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.best: Best | None = None
+        self._candidate: Best | None = None
+        self._saved_step: int | None = None
+
+    @property
+    def store(self) -> CheckpointStore:
+        """The checkpoints of the run; known once `fit` has begun."""
+        if self._store is None:
+            raise RuntimeError("ModelCheckpoint has no folder before Trainer.fit has begun")
+        return self._store
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the best monitored value, or None where there is none (any more)."""
+        if self.best is None:
+            return None
+        name = f"{self.best.step:08d}"
+        return next((path for path in self.store.list() if path.name.endswith(name)), None)
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest one that is whole."""
+        return self.store.latest()
+
+    def setup(self, trainer: Trainer, module: TrainerModule, stage: str) -> None:
+        """Refuse a folder that cannot be written before anything is loaded."""
+        self._fitting = stage == "fit"
+        if self._fitting:
+            folder = place(self.directory, trainer, "", "ModelCheckpoint") / "checkpoints"
+            self._store = CheckpointStore(writable_folder(folder), self.keep_last)
+            self._reset()
+
+    def on_fit_start(self, trainer: Trainer, module: TrainerModule) -> None:
+        """Forget a restored best one that is in another folder, or removed: it cannot be kept."""
+        if self.best is not None and self.best_checkpoint is None:
+            logger.warning("the best checkpoint so far, of step %d, is not in %s", self.best.step, self.store.directory)
+            self.best = None
+
+    def on_step_end(self, trainer: Trainer, module: TrainerModule, step: int) -> None:
+        """Ask, at each step that `every` names."""
+        if self.every is not None:
+            trainer.request_checkpoint()
+
+    def on_evaluation_end(self, trainer: Trainer, module: TrainerModule, step: int, metrics: EvalMetrics) -> None:
+        """Ask, where it is the best evaluation so far, or where it made another callback stop the run."""
+        if not self._fitting:
+            return
+        if self.monitor is not None and step > 0:
+            value = monitored(self.monitor, metrics.as_dict(), "ModelCheckpoint")
+            if improves(value, None if self.best is None else self.best.value, self.mode):
+                self._candidate = Best(step, value)
+                trainer.request_checkpoint()
+        if self.save_at_end and trainer.stop_reason is not None and self._saved_step != step:
+            trainer.request_checkpoint()
+
+    def on_epoch_end(self, trainer: Trainer, module: TrainerModule, epoch: int) -> None:
+        """Ask, after the last step."""
+        if self.save_at_end and run_ends(trainer) and self._saved_step != trainer.state.step:
+            trainer.request_checkpoint()
+
+    def on_checkpoint(self, trainer: Trainer, module: TrainerModule, step: int) -> Path:
+        """Save; the former best one is removed only once the new one is complete."""
+        if self._candidate is not None and self._candidate.step == step:
+            self.best = self._candidate  # before writing: the checkpoint holds this callback's state
+        self._saved_step = step
+        return self.store.save(step, trainer.write_checkpoint, protect=self.best_checkpoint)
+
+    def on_fit_end(self, trainer: Trainer, module: TrainerModule) -> None:
+        """Write the result."""
+        write_directory(self.store.directory.parent / module.artifact, module.save)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value of which metric, and its step."""
+        return {} if self.best is None else {"monitor": self.monitor, "best": asdict(self.best)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there, unless it is another metric's."""
+        if state["monitor"] == self.monitor:
+            self.best = Best(**state["best"])
