@@ -16,6 +16,7 @@ from mlx_trainer import loaders
 from mlx_trainer.callback import Callback, Events
 from mlx_trainer.evaluation import EvalMetrics, EvaluationStep, Metric, evaluating
 from mlx_trainer.interval import LogInterval, StepRecord
+from mlx_trainer.limits import Limits
 from mlx_trainer.loaders import DataSource, Loader
 from mlx_trainer.module import TrainerModule
 from mlx_trainer.snapshot import Snapshot
@@ -76,9 +77,7 @@ class Trainer:
         for name, value in (("accumulate", accumulate), ("log_every", log_every)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
-        self.max_epochs = 1 if max_epochs is None and max_steps is None and max_time is None else max_epochs
-        self.max_steps = min(filter(None, (max_steps, int(fast_dev_run))), default=None)
-        self.max_seconds = None if max_time is None else seconds_of(max_time)
+        self.limits = Limits.of(max_epochs, min(filter(None, (max_steps, int(fast_dev_run))), default=None), max_time)
         self.accumulate, self.log_every, self.seed = accumulate, 1 if fast_dev_run else log_every, seed
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.resume, self.overfit_batches = resume, overfit_batches
@@ -196,8 +195,7 @@ class Trainer:
             validation = loaders.first_batches(validation, self.limit_validation_batches)
         self._train_loader, self._validation_loader = train, validation
         self.steps_per_epoch = math.ceil(len(train) / self.accumulate)
-        by_epochs = None if self.max_epochs is None else self.max_epochs * self.steps_per_epoch
-        self.total_steps = min((limit for limit in (by_epochs, self.max_steps) if limit is not None), default=None)
+        self.total_steps = self.limits.total_steps(self.steps_per_epoch)
 
     def _build(self) -> None:
         """The optimizer, what a checkpoint restores, and only then the compiled step, which captures both."""
@@ -225,22 +223,21 @@ class Trainer:
     def _run_epochs(self) -> None:
         self._pause()  # what was asked for in on_fit_start
         self._stop_at_limits()
-        while not self.stop_reason and self.state.epoch != self.max_epochs:
+        while not self.stop_reason:
             epoch = self.state.epoch
             self.events.emit("on_epoch_start", self, self.module, epoch)
             windows = loaders.windows(self._train_loader, self.accumulate, self.state.position)
             for window in windows:
                 self._run_step(window)
                 if self.stop_reason:
+                    self._log_due = len(self._interval) > 0
                     break
             self._read_log()
-            if self.state.position == len(self._train_loader):
+            if self._epoch_is_over():
                 next(windows, None)  # the loader, too, comes to the end of its epoch
                 self.state.next_epoch()
             self.events.emit("on_epoch_end", self, self.module, epoch)
             self._pause()
-        self._log_due = len(self._interval) > 0
-        self._read_log()
 
     def _run_step(self, window: Sequence[Any]) -> None:
         step, ahead = self.state.step + 1, self.step_output
@@ -257,7 +254,7 @@ class Trainer:
         self._interval.add(step, self.step_output, [getattr(batch, "metadata", None) for batch in window])
         self.events.emit_step("on_step_end", self, self.module, step)
         self._stop_at_limits()
-        self._log_due = step % self.log_every == 0
+        self._log_due = step % self.log_every == 0 or self.stop_reason is not None
         self._pause()
 
     def _pause(self) -> None:
@@ -296,26 +293,15 @@ class Trainer:
                 self.events.emit("on_checkpoint_saved", self, self.module, path)
 
     def _stop_at_limits(self) -> None:
-        if self.max_steps is not None and self.state.step >= self.max_steps:
-            self.request_stop(f"max_steps={self.max_steps} reached")
-        if self.max_seconds is not None and time.perf_counter() - self._started >= self.max_seconds:
-            self.request_stop(f"max_time={timedelta(seconds=self.max_seconds)} reached")
+        state, seconds = self.state, time.perf_counter() - self._started
+        if reason := self.limits.reached(state.step, state.epoch + self._epoch_is_over(), seconds):
+            self.request_stop(reason)
+
+    def _epoch_is_over(self) -> bool:
+        return self.state.position == len(self._train_loader)
 
     def _result(self) -> TrainingResult:
-        reason = self.stop_reason or f"max_epochs={self.max_epochs} reached"
+        state, reason = self.state, self.stop_reason or ""
+        epochs = state.epoch + self._epoch_is_over()
         seconds = time.perf_counter() - self._started
-        return TrainingResult(
-            self.state.step, self.state.epoch, reason, seconds, self.metrics, self.evaluation, self.state.counts
-        )
-
-
-def seconds_of(time_limit: float | timedelta | str) -> float:
-    """Seconds of a number, a timedelta or "DD:HH:MM:SS" (leading parts may be left out). Raises ValueError."""
-    if isinstance(time_limit, timedelta):
-        return time_limit.total_seconds()
-    if not isinstance(time_limit, str):
-        return float(time_limit)
-    parts = time_limit.split(":")
-    if len(parts) > 4 or not all(part.isdigit() for part in parts):
-        raise ValueError(f'max_time is {time_limit!r}; give seconds, a timedelta, or "DD:HH:MM:SS"')
-    return float(sum(int(part) * unit for part, unit in zip(reversed(parts), (1, 60, 3600, 86400), strict=False)))
+        return TrainingResult(state.step, epochs, reason, seconds, self.metrics, self.evaluation, dict(state.counts))

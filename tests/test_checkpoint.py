@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     assert re.search(f"passing over a damaged checkpoint: .*{re.escape(message)}", caplog.text)
 
     (good / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match="all 2 checkpoints in .* are damaged; move them away to start over"):
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* are damaged; move them away to start over"):
         store.latest()
 
 

@@ -1,5 +1,6 @@
 """The loop: when it stops, what it reads, what it reports, and that it continues exactly."""
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -14,9 +15,10 @@ import pytest
 
 from mlx_trainer import Callback, LossOutput, Trainer, TrainerModule
 from mlx_trainer.checkpoint import CheckpointError, seal
+from mlx_trainer.limits import seconds_of
 from mlx_trainer.state import random_state
 from mlx_trainer.traced import from_tree, to_tree
-from mlx_trainer.trainer import TrainingError, seconds_of
+from mlx_trainer.trainer import TrainingError
 from tests.toy import ToyBatch, ToyLoader, ToyModule, toy_batches, weights
 
 READS = (
@@ -72,7 +74,7 @@ def test_steps_without_logging_read_nothing_from_the_device(reads: Counter[str],
     trainer = Trainer(max_steps=9, max_epochs=9, accumulate=accumulate, log_every=100, callbacks=[Snapshots()])
     trainer.fit(ToyModule(), toy_batches((4,) * 9))
 
-    per_step = [dict(later - earlier) for earlier, later in zip(seen, seen[1:], strict=False)]
+    per_step = [dict(later - earlier) for earlier, later in itertools.pairwise(seen)]
     assert per_step == [{"eval": 1}] * 8
     assert reads["item"] > 0  # the counter does count: the last log reads
 
@@ -288,8 +290,8 @@ def run(loader: Any, callback: Callback, **options: Any) -> tuple[Any, ...]:
     """Three epochs of four steps; what must be the same bit for bit at the end."""
     module = ToyModule()
     trainer = Trainer(max_epochs=3, accumulate=2, callbacks=[callback], **options)
-    trainer.fit(module, loader)
-    return weights(module), random_state(), trainer.state.step, trainer.state.epoch, trainer.state.counts
+    result = trainer.fit(module, loader)
+    return weights(module), random_state(), result.steps, result.epochs, result.counts
 
 
 @pytest.mark.parametrize("step", range(1, 13))

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from mlx_trainer.callback import Callback
-from mlx_trainer.callbacks.timing import check_every, run_ends
+from mlx_trainer.callbacks.timing import check_every
 from mlx_trainer.evaluation import EvalMetrics, Metric
 from mlx_trainer.module import TrainerModule
 from mlx_trainer.trainer import Trainer, TrainingError
@@ -50,7 +50,7 @@ class Evaluation(Callback):
 
     def on_epoch_end(self, trainer: Trainer, module: TrainerModule, epoch: int) -> None:
         """Ask, unless it is the middle of a run evaluated by steps, or this step was evaluated already."""
-        if (self.every is None or run_ends(trainer)) and self._evaluated_step != trainer.state.step:
+        if (self.every is None or trainer.stop_reason) and self._evaluated_step != trainer.state.step:
             trainer.request_evaluation()
 
     def on_evaluation_end(self, trainer: Trainer, module: TrainerModule, step: int, metrics: EvalMetrics) -> None:

@@ -10,7 +10,7 @@ from attrs import asdict, frozen
 from mlx_trainer.callback import Callback
 from mlx_trainer.callbacks.monitor import check_mode, improves, monitored
 from mlx_trainer.callbacks.places import place, writable_folder
-from mlx_trainer.callbacks.timing import check_every, run_ends
+from mlx_trainer.callbacks.timing import check_every
 from mlx_trainer.checkpoint import CheckpointStore, write_directory
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.module import TrainerModule
@@ -114,7 +114,7 @@ class ModelCheckpoint(Callback):
 
     def on_epoch_end(self, trainer: Trainer, module: TrainerModule, epoch: int) -> None:
         """Ask, after the last step."""
-        if self.save_at_end and run_ends(trainer) and self._saved_step != trainer.state.step:
+        if self.save_at_end and trainer.stop_reason and self._saved_step != trainer.state.step:
             trainer.request_checkpoint()
 
     def on_checkpoint(self, trainer: Trainer, module: TrainerModule, step: int) -> Path:

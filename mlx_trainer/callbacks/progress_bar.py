@@ -68,7 +68,7 @@ class ProgressBar(Callback):
     def on_fit_end(self, trainer: Trainer, module: TrainerModule) -> None:
         """Write the last line, in place of the bar."""
         self._remove_bar()
-        reason = trainer.stop_reason or f"max_epochs={trainer.max_epochs} reached"
+        reason = trainer.stop_reason or ""
         seconds, state = time.perf_counter() - self._started, trainer.state
         tokens = state.counts.get("tokens", 0) - self._first_tokens
         say(last_line(state.step - self._first_step, seconds, tokens, reason, trainer.run_dir))
@@ -94,7 +94,8 @@ class ProgressBar(Callback):
         by_steps = math.inf
         if trainer.total_steps is not None and done:
             by_steps = elapsed_s / done * (trainer.total_steps - step)
-        by_time = math.inf if trainer.max_seconds is None else trainer.max_seconds - trainer.state.seconds - elapsed_s
+        limit = trainer.limits.max_seconds
+        by_time = math.inf if limit is None else limit - trainer.state.seconds - elapsed_s
         left_s = min(by_steps, by_time)
         return progress_line(
             step, trainer.total_steps, elapsed_s, left_s if math.isfinite(left_s) else None, self._metrics

@@ -1,15 +1,8 @@
 """When a callback's turn is."""
 
-from mlx_trainer.trainer import Trainer
-
 
 def check_every(every: int | None, owner: str) -> int | None:
     """Return `every`, a number of steps or None. Raises ValueError for a number below 1."""
     if every is not None and every < 1:
         raise ValueError(f"{owner}: every is {every}; it must be 1 or more steps")
     return every
-
-
-def run_ends(trainer: Trainer) -> bool:
-    """Whether, at the end of an epoch, no step will follow."""
-    return trainer.stop_reason is not None or trainer.state.epoch == trainer.max_epochs

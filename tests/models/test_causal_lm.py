@@ -143,7 +143,12 @@ def test_accuracy_is_computed_in_eval_mode_only(tmp_path: Path) -> None:
 
 def test_count_tells_rows_and_tokens(tmp_path: Path) -> None:
     """The host-side sizes are the metadata's."""
-    assert CausalLMModule(tmp_path).count(labelled((9, 5, 7))) == {"rows": 3, "tokens": 21, "trained_tokens": 12, "positions": 27}
+    assert CausalLMModule(tmp_path).count(labelled((9, 5, 7))) == {
+        "rows": 3,
+        "tokens": 21,
+        "trained_tokens": 12,
+        "positions": 27,
+    }
 
 
 def test_the_optimizer_is_the_one_described(tmp_path: Path) -> None:
@@ -222,10 +227,10 @@ class Hooked(CausalLMModule):
 
     source: Path
 
-    def load_model(self) -> nn.Module:  # noqa: D102
+    def load_model(self) -> nn.Module:
         return load_model(self.source, dtype="float32")
 
-    def forward(self, batch: Any) -> mx.array:  # noqa: D102
+    def forward(self, batch: Any) -> mx.array:
         return super().forward(batch) / 2
 
 

@@ -21,7 +21,7 @@ class Block(nn.Module):
         self.v_proj = nn.Linear(64, 32)
         self.norm = nn.RMSNorm(32)
 
-    def __call__(self, x: mx.array) -> mx.array:  # noqa: D102
+    def __call__(self, x: mx.array) -> mx.array:
         return self.norm(self.v_proj(self.q_proj(x)))
 
 
@@ -31,7 +31,7 @@ class Blocks(nn.Module):
         self.layers = [Block() for _ in range(count)]
         self.head = nn.Linear(32, 8, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:  # noqa: D102
+    def __call__(self, x: mx.array) -> mx.array:
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
