@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_trainer import DataPipeline, LoRAConfig, MistralLoRAModule, Trainer
-from mlx_trainer.callbacks import GradientClipping, NaNGuard
-
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten
+
+from mlx_trainer import DataPipeline, LoRAConfig, MistralLoRAModule, Trainer
+from mlx_trainer.callbacks import GradientClipping, NaNGuard
 
 SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
 MEAN_LENGTH, SIGMA = 264, 0.75  # a chat set's spread: median about 200, longest about six times that

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mlx_trainer import Callback, LossOutput, Trainer, TrainerModule
-
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
+
+from mlx_trainer import Callback, LossOutput, Trainer, TrainerModule
 
 WARM_UP = 200
 
