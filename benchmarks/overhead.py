@@ -1,15 +1,21 @@
-"""What the Trainer costs a step over the same compiled step in a raw loop, on a tiny model.
+"""What the Trainer costs a step over the same compiled step in a raw loop.
 
-    python benchmarks/overhead.py [--steps 2000] [--rounds 9]
+    python benchmarks/overhead.py               # a tiny model: what is paid at every step, whatever the model
+    python benchmarks/overhead.py --quickstart  # the quick start's fine-tune with all its callbacks on
 
-The raw loop runs one step ahead too, as the Trainer does; a second raw loop waits for each step, as most scripts do.
-Rounds are interleaved, each figure is the median over rounds of a round's mean; differences are taken within a round.
+A step's time is that between two batches being taken, the same way for all loops, which take turns. The raw loop runs
+one step ahead, as the Trainer does; a second one waits for each step, as most scripts do. Of the tiny model's steps the
+median counts, of the quick start's the mean, logs included. Its evaluations, samples and checkpoints are work of their
+own and fall outside the steps that are measured; the callbacks that ask for them are on.
 """
 
 import argparse
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,45 +23,43 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 
-from mlx_trainer import Callback, LossOutput, Trainer, TrainerModule
+import mlx_trainer as mt
 
-WARM_UP = 200
-
-
-class Tiny(TrainerModule):
-    """64-64-8, the shape that the frameworks' overhead was measured with."""
-
-    def __init__(self) -> None:
-        self.model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
-
-    def training_loss(self, batch: dict[str, mx.array]) -> LossOutput:
-        """Squared error, summed over rows and outputs."""
-        error = self.model(batch["x"]) - batch["y"]
-        return LossOutput(mx.square(error).sum(), mx.array(error.size, mx.float32))
-
-    def configure_optimizer(self, total_steps: int | None) -> optimizers.Optimizer:
-        """Plain gradient descent: the cheapest update, so that overhead shows most."""
-        return optimizers.SGD(1e-3)
+RECIPES = Path(__file__).parent.parent / "recipes"
+NEVER = 10**9
+Loops = dict[str, Callable[[], float]]
 
 
-def batches(number: int) -> list[dict[str, mx.array]]:
-    """So many batches of 32 rows, made before the clock starts."""
-    rng = np.random.default_rng(0)
-    arrays = [{"x": mx.array(rng.normal(size=(32, 64)), mx.float32), "y": mx.zeros((32, 8))} for _ in range(16)]
-    mx.eval(arrays)
-    return [arrays[i % 16] for i in range(number)]
+class Clocked:
+    """Batches that note when each was taken."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = batches
+        self.times: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.times.append(time.perf_counter())
+            yield batch
+
+    def microseconds(self, statistic: Callable[[Sequence[float]], float], warm_up: int) -> float:
+        """The median or mean step after the warm-up."""
+        return statistic(np.diff(self.times)[warm_up:].tolist()) * 1e6
 
 
-def raw(steps: int, ahead: bool) -> float:
-    """Mean µs a step of a loop written by hand."""
-    module = Tiny()
-    optimizer = module.configure_optimizer(None)
+def raw(module: mt.TrainerModule, batches: Clocked, ahead: bool) -> None:
+    """The loop written by hand."""
+    module.setup("fit")
+    optimizer = module.configure_optimizer(len(batches))
     optimizer.init(module.model.trainable_parameters())
-    state: list[Any] = [module.model.state, optimizer.state]
+    state: list[Any] = [module.model.state, optimizer.state, mx.random.state]
 
-    def update(batch: dict[str, mx.array]) -> mx.array:
+    def update(arrays: dict[str, mx.array]) -> mx.array:
         def mean_loss(_: nn.Module) -> mx.array:
-            output = module.training_loss(batch)
+            output = module.training_loss(Arrays(arrays))
             return output.total / output.weight
 
         loss, gradients = nn.value_and_grad(module.model, mean_loss)(module.model)
@@ -63,70 +67,149 @@ def raw(steps: int, ahead: bool) -> float:
         return loss
 
     step, previous = mx.compile(update, inputs=state, outputs=state), None
-    for i, batch in enumerate(batches(WARM_UP + steps)):
-        if i == WARM_UP:
-            start = time.perf_counter()
-        loss = step(batch)
+    for batch in batches:
+        loss = step(batch if isinstance(batch, dict) else arrays_of(batch))
         mx.async_eval(loss, state)
         mx.eval(previous if ahead and previous is not None else loss)
         previous = loss
-    mx.eval(state)
-    return (time.perf_counter() - start) / steps * 1e6
 
 
-class Clock(Callback):
-    """Looks at the clock when the warm-up is over; costs the timed steps nothing."""
+class Arrays(dict[str, mx.array]):
+    """A dict whose items are attributes too, so that one loss serves both loops."""
 
-    every = WARM_UP
-    start = 0.0
-
-    def on_step_end(self, trainer: Trainer, module: TrainerModule, step: int) -> None:
-        """Start."""
-        if step == WARM_UP:
-            self.start = time.perf_counter()
+    __getattr__ = dict.__getitem__
 
 
-class Idle(Callback):
+def arrays_of(batch: mt.Batch) -> dict[str, mx.array]:
+    """What a loop written by hand would give to its step."""
+    return {name: mx.array(getattr(batch, name)) for name in ("input_ids", "attention_mask", "labels")}
+
+
+# A tiny model.
+
+
+class Tiny(mt.TrainerModule):
+    """64-64-8, the shape that other frameworks' overhead was measured with."""
+
+    def __init__(self) -> None:
+        self.model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+
+    def training_loss(self, batch: dict[str, mx.array]) -> mt.LossOutput:
+        """Squared error, summed over rows and outputs."""
+        error = self.model(batch["x"]) - batch["y"]
+        return mt.LossOutput(mx.square(error).sum(), mx.array(error.size, mx.float32))
+
+    def configure_optimizer(self, total_steps: int | None) -> optimizers.Optimizer:
+        """Plain gradient descent: the cheapest update, so that overhead shows most."""
+        return optimizers.SGD(1e-3)
+
+
+class Idle(mt.Callback):
     """Hears two events a step and does nothing."""
 
     def __init__(self, number: int) -> None:
         self.name = f"idle {number}"
 
-    def on_step_start(self, trainer: Trainer, module: TrainerModule, step: int) -> None:
+    def on_step_start(self, trainer: mt.Trainer, module: mt.TrainerModule, step: int) -> None:
         """Nothing."""
 
-    def on_step_end(self, trainer: Trainer, module: TrainerModule, step: int) -> None:
+    def on_step_end(self, trainer: mt.Trainer, module: mt.TrainerModule, step: int) -> None:
         """Nothing."""
 
 
-def trained(steps: int, idle: int) -> float:
-    """Mean µs a step of `Trainer.fit`."""
-    clock, module = Clock(), Tiny()
-    callbacks = [clock, *(Idle(i) for i in range(idle))]
-    Trainer(log_every=10**9, callbacks=callbacks).fit(module, batches(WARM_UP + steps))
-    mx.eval(module.model.parameters())
-    return (time.perf_counter() - clock.start) / steps * 1e6
+def tiny_loops(steps: int) -> Loops:
+    """The loops over a tiny model, on batches of 32 rows made beforehand."""
+    rng = np.random.default_rng(0)
+    arrays = [{"x": mx.array(rng.normal(size=(32, 64)), mx.float32), "y": mx.zeros((32, 8))} for _ in range(16)]
+    mx.eval(arrays)
+
+    def timed(loop: Callable[[Clocked], Any]) -> float:
+        batches = Clocked([arrays[i % 16] for i in range(steps)])
+        loop(batches)
+        return batches.microseconds(statistics.median, warm_up=steps // 10)
+
+    def trained(batches: Clocked, idle: int) -> None:
+        mt.Trainer(log_every=NEVER, callbacks=[Idle(i) for i in range(idle)]).fit(Tiny(), batches)
+
+    return {
+        "raw loop, one step ahead": lambda: timed(lambda batches: raw(Tiny(), batches, ahead=True)),
+        "raw loop, waiting for each step": lambda: timed(lambda batches: raw(Tiny(), batches, ahead=False)),
+        "Trainer": lambda: timed(lambda batches: trained(batches, idle=0)),
+        "Trainer, 8 idle callbacks": lambda: timed(lambda batches: trained(batches, idle=8)),
+    }
+
+
+# The quick start's fine-tune.
+
+
+def quickstart_loops(steps: int, folder: Path) -> Loops:
+    """The loops over the quick start's shape (fresh weights: they cost the same), rows, optimizer and callbacks."""
+    sys.path.insert(0, str(RECIPES))
+    from docstrings import read_library
+    from quickstart import FULL
+    from small_base import write_jsonl, write_model, write_tokenizer
+
+    entries = [entry for entry in read_library() if entry.public]
+    write_tokenizer(folder, [entry.page() for entry in entries], FULL.base.vocabulary)
+    write_model(folder, FULL.base)
+    write_jsonl(folder / "chats.jsonl", (entry.chat() for entry in entries[: 8 * steps + 64]))
+
+    def module() -> mt.MistralLoRAModule:
+        linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        lora = mt.LoRAConfig(rank=16, alpha=32, dropout=0.0, target_modules=linears)
+        return mt.MistralLoRAModule(folder, lora=lora, dtype="float32", max_seq_length=128, learning_rate=3e-3)
+
+    data = mt.DataPipeline(folder / "chats.jsonl", module().tokenizer, batch_size=8, max_seq_length=128)
+    batches, held_out = list(data.train_loader())[:steps], list(data.validation_loader() or [])
+
+    def callbacks() -> list[mt.Callback]:
+        return [
+            mt.GradientClipping(),
+            mt.NaNGuard(),
+            mt.MemoryMonitor(),
+            mt.Evaluation(every=NEVER),
+            mt.EarlyStopping(),
+            mt.SampleGenerator(["What does `textwrap.dedent(text)` do?"], every=NEVER, at_start=False),
+            mt.LambdaCallback(on_evaluation_end=lambda trainer, module, step, metrics: None),
+            mt.ProgressBar(),
+            mt.MetricsLogger(),
+            mt.TensorBoardLogger(),
+            mt.ModelCheckpoint(every=NEVER, monitor="val/loss"),
+        ]
+
+    def timed(loop: Callable[[Clocked], Any]) -> float:
+        clocked = Clocked(batches)
+        loop(clocked)
+        return clocked.microseconds(statistics.mean, warm_up=max(10, steps // 5))
+
+    def trained(clocked: Clocked, chosen: list[mt.Callback]) -> None:
+        mt.Trainer(log_every=25, callbacks=chosen, run_dir=folder / "run").fit(module(), clocked, held_out[:1])
+
+    return {
+        "raw loop, one step ahead": lambda: timed(lambda clocked: raw(module(), clocked, ahead=True)),
+        "Trainer, no callbacks": lambda: timed(lambda clocked: trained(clocked, [])),
+        "Trainer, all callbacks": lambda: timed(lambda clocked: trained(clocked, callbacks())),
+    }
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quickstart", action="store_true")
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
-    loops: dict[str, Callable[[], float]] = {
-        "raw loop, waiting for each step": lambda: raw(arguments.steps, ahead=False),
-        "raw loop, one step ahead": lambda: raw(arguments.steps, ahead=True),
-        "Trainer": lambda: trained(arguments.steps, idle=0),
-        "Trainer, 8 idle callbacks": lambda: trained(arguments.steps, idle=8),
-    }
-    rounds = [{name: loop() for name, loop in loops.items()} for _ in range(arguments.rounds)]
-    base = "raw loop, one step ahead"
-    print(f"{'µs a step':40} {'median':>8} {'over raw':>9}   (of {arguments.rounds} rounds)")
+    with tempfile.TemporaryDirectory() as folder:
+        quick = arguments.quickstart
+        loops = quickstart_loops(arguments.steps or 100, Path(folder)) if quick else tiny_loops(arguments.steps or 3000)
+        rounds = [{name: loop() for name, loop in loops.items()} for _ in range(arguments.rounds)]
+    base = next(iter(loops))
+    print(f"{'µs a step':34} {'median':>10} {'over raw':>10} {'ratio':>7}   (of {arguments.rounds} rounds)")
     for name in loops:
         median = statistics.median(each[name] for each in rounds)
         over = statistics.median(each[name] - each[base] for each in rounds)
-        print(f"{name:40} {median:8.1f} {over:+9.1f}")
+        ratio = statistics.median(each[name] / each[base] for each in rounds)
+        print(f"{name:34} {median:10.1f} {over:+10.1f} {ratio:7.3f}")
 
 
 if __name__ == "__main__":
