@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_trainer import loaders
 from mlx_trainer.callback import Callback, Events
 from mlx_trainer.evaluation import EvalMetrics, EvaluationStep, Metric, evaluating
+from mlx_trainer.interruption import Interrupted, stopping_on_signals
 from mlx_trainer.interval import LogInterval, StepRecord
 from mlx_trainer.limits import Limits
 from mlx_trainer.loaders import DataSource, Loader
@@ -141,7 +142,8 @@ class Trainer:
     ) -> TrainingResult:
         """Train `module` on `data`: an object with `train_loader()` and `validation_loader()`, or loaders.
 
-        Whatever is raised on the way is raised here, after `on_exception` and `teardown`.
+        Whatever is raised on the way is raised here, after `on_exception` and `teardown`. SIGINT and SIGTERM let the
+        step under way end, save as at any end, and raise Interrupted, which exits with 130 or 143.
         """
         self._reset()
         with self._stage("fit", module):
@@ -150,8 +152,9 @@ class Trainer:
             module.setup("fit")
             self._build()
             self.events.emit("on_fit_start", self, module)
-            self._run_epochs()
-            self.events.emit("on_fit_end", self, module)
+            with stopping_on_signals(self.request_stop):
+                self._run_epochs()
+                self.events.emit("on_fit_end", self, module)
         return self._result()
 
     def validate(self, module: TrainerModule, loader: Loader) -> EvalMetrics:
@@ -179,6 +182,8 @@ class Trainer:
         try:
             self.events.emit("setup", self, module, stage)
             yield
+        except Interrupted:
+            raise  # the run was saved and ended in order
         except BaseException as error:
             self.events.emit_isolated("on_exception", self, module, error)
             raise
