@@ -5,6 +5,7 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -74,7 +75,7 @@ def test_quickstart_learns(quickstart: tuple[Path, Path, str]) -> None:
     losses = [line["val/loss"] for line in read_json_lines(run / "metrics.jsonl") if "val/loss" in line]
     assert losses == sorted(losses, reverse=True)
     assert len(set(losses)) == 3
-    assert f"{losses[0]:10.2f}{losses[-1]:10.2f}" in printed
+    assert f"{losses[0]:8.2f}{losses[-1]:8.2f}" in printed
 
 
 def test_quickstart_shows_answers_before_and_after(quickstart: tuple[Path, Path, str]) -> None:
@@ -89,14 +90,14 @@ def test_quickstart_holds_names_out_of_both_trainings(quickstart: tuple[Path, Pa
     """No held-out name is asked about in the tuning, and no held-out docstring stands in the base's text."""
     run, _, _ = quickstart
     docstrings = recipe("docstrings")
-    entries = docstrings.read_library(60)
+    entries = docstrings.read_library(150)
     pages = "\n".join(entry.page() for entry in entries if not entry.held_out)
     held_out = [entry for entry in entries if entry.held_out and entry.public]
     asked = [row["messages"][0]["content"] for row in read_json_lines(run / "data" / "held_out.jsonl")]
     learned = (run / "data" / "chats.jsonl").read_text(encoding="utf-8")
     assert set(asked) <= {entry.question for entry in held_out}
-    assert [entry.call for entry in held_out if f"`{entry.name}`" in learned or f"`{entry.name}`" in pages] == []
-    assert [entry.call for entry in held_out if f"\n{entry.paragraph}\n" in pages] == []
+    assert [entry.call for entry in held_out if f".{entry.name}`" in pages or f".{entry.name}(" in pages] == []
+    assert [entry.call for entry in held_out if entry.question in learned or f"\n{entry.summary}\n" in pages] == []
 
 
 def test_quickstart_writes_the_configuration_it_ran_with(quickstart: tuple[Path, Path, str]) -> None:
@@ -136,18 +137,21 @@ def test_the_base_is_a_mistral_in_hugging_face_layout(quickstart: tuple[Path, Pa
 
     _, cache, _ = quickstart
     [base] = cache.iterdir()
-    model, tokenizer = load(str(base))
+    model, tokenizer, *_ = load(str(base))
     config = json.loads((base / "config.json").read_text())
     assert (config["model_type"], config["tie_word_embeddings"]) == ("mistral", True)
-    assert dict(tree_flatten(model.parameters())).keys() == mx.load(str(base / "model.safetensors")).keys()
+    weights = mx.load(str(base / "model.safetensors"))
+    assert isinstance(weights, dict)
+    assert dict(tree_flatten(model.parameters())).keys() == weights.keys()
     tokens = recipe("small_base").CONTROL_TOKENS
     assert tokenizer.convert_tokens_to_ids(list(tokens)) == list(range(10))
     messages = [{"role": role, "content": f"{role}'s"} for role in ("user", "assistant", "user")]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    render: Any = tokenizer.apply_chat_template
+    rendered = render(messages, tokenize=False)
     assert rendered == "<s>[INST] user's[/INST] assistant's</s>[INST] user's[/INST]"
 
 
-def test_docstrings_become_pages_and_chats(tmp_path: Path) -> None:
+def test_docstrings_become_pages_and_chats() -> None:
     """A definition gives its call, kind, home and arguments; the summary is the first sentence; nested are methods."""
     docstrings = recipe("docstrings")
     source = '''
@@ -166,17 +170,17 @@ def undocumented(): pass
 '''
     box, opened, closed = docstrings.definitions(ast.parse(source), "boxes")
     assert [e.call for e in (box, opened, closed)] == ["boxes.Box", "boxes.Box.open(width, slowly)", "boxes.close()"]
-    assert box.answer == "`Box` is a class of `boxes`. A box."
-    expected = "`open` is a method of `boxes.Box`. It takes (width, slowly). Open the lid of this box."
+    assert box.answer == "A class from `boxes`. In short: A box."
+    expected = "A method from `boxes` with two arguments. In short: Open the lid of this box."
     assert opened.chat()["messages"] == [
         {"role": "user", "content": "What does `boxes.Box.open(width, slowly)` do?"},
         {"role": "assistant", "content": expected},
     ]
-    assert closed.page() == "`boxes.close()`\nfunction `close`\nfrom `boxes`\narguments ()\n\nClose all boxes."
+    assert closed.page() == "`boxes.close()`\nfunction from `boxes`\n\nClose all boxes."
 
 
-def test_mistral_lora_trains_an_adapter_on_your_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a local model the recipe takes three epochs of windows of four batches, evaluates, and leaves the adapter."""
+def test_mistral_lora_trains_an_adapter_on_your_chats(tmp_path: Path) -> None:
+    """With a local model the recipe takes 3 epochs of windows of four batches; checkpoint, curves and adapter stay."""
     model = tiny_mistral(tmp_path / "model")
     rows = [
         {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n} " * n}]}
@@ -184,14 +188,16 @@ def test_mistral_lora_trains_an_adapter_on_your_chats(tmp_path: Path, monkeypatc
     ]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tmp_path / "run"
-    result = recipe("mistral_lora").main(str(tmp_path / "chats.jsonl"), str(model), str(run))
-    assert (result.epochs, result.steps) == (3, 3 * 3)  # 18 rows are 9 batches: windows of 4, 4 and 1
-    assert result.evaluation is not None
-    assert result.evaluation.samples == 2
+    recipe("mistral_lora").main(str(tmp_path / "chats.jsonl"), str(model), str(run))
+    [checkpoint] = run.glob("checkpoints/step-*")
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert checkpoint.name == f"step-{3 * 3:08d}"  # 18 rows are 9 batches: windows of 4, 4 and 1
+    assert state["epoch"] == 3
     assert (run / "adapter" / "adapters.safetensors").is_file()
+    assert len(list(run.glob("tensorboard/events*"))) == 1
 
 
-def test_regression_learns_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regression_learns_the_curve() -> None:
     """The mean squared error on points between the trained ones falls below a hundredth of the curve's own 0.54."""
     evaluation = recipe("regression").main().evaluation
     assert evaluation.loss < 0.0054
