@@ -10,7 +10,7 @@ quickstart: $(STAMP)  ## a small base model is trained, then fine-tuned with LoR
 	$(RUN) recipes/quickstart.py
 
 test: $(STAMP) lint  ## what CI runs
-	$(RUN) -m pytest -n 2 -q
+	$(RUN) -m pytest -n 2 --dist loadfile -q
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
