@@ -10,12 +10,16 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from attrs import frozen
 
 from mlx_trainer import _blas
 
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+LOG2_E = 1.4426950408889634
 Backend = Literal["metal", "cuda", "cpu"]
 
 _report = ""
@@ -52,6 +56,18 @@ def backend() -> Backend:
     if mx.default_device() == mx.Device(mx.cpu):
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def exp(x: "mx.array") -> "mx.array":
+    """Return e to the power of x, float32, exact to 2e-6 for x between -30 and 0.
+
+    On Linux CPUs MLX's `exp` takes 23 ns an element where a power of two takes 10 (one core, mlx 0.32.4).
+    """
+    import mlx.core as mx
+
+    if sys.platform == "linux" and backend() == "cpu":
+        return mx.power(2.0, x * LOG2_E)
+    return mx.exp(x)
 
 
 def device_name() -> str:

@@ -1,10 +1,13 @@
 """The next-token loss against its formula, and what must not influence it."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_trainer.models.loss import IGNORED, next_token_loss
+from mlx_trainer.models.loss import IGNORED, cross_entropy, next_token_loss
 from tests.models.batches import labelled
 
 
@@ -60,3 +63,30 @@ def test_it_is_computed_in_float32() -> None:
     loss, exact = (next_token_loss(logits, batch.labels) for logits in (half, half.astype(mx.float32)))
     assert (loss.total.dtype, loss.weight.dtype) == (mx.float32, mx.float32)
     assert loss.total.item() == exact.total.item()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_the_gradient_is_that_of_mlx_cross_entropy(dtype: mx.Dtype) -> None:
+    """Values and gradients, each position weighed differently, equal MLX's own to float32's precision."""
+    logits = (8 * logits_for((3, 5))).astype(dtype)
+    targets, weights = mx.arange(15).reshape(3, 5) * 25, mx.arange(1.0, 16.0).reshape(3, 5)
+
+    def weighed(loss: Callable[[mx.array, mx.array], mx.array]) -> tuple[mx.array, mx.array]:
+        return mx.value_and_grad(lambda scores: (loss(scores, targets) * weights).sum())(logits)
+
+    (value, gradient), (expected, slope) = weighed(cross_entropy), weighed(plain_cross_entropy)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert gradient.dtype == dtype
+    assert mx.abs(gradient - slope).max().item() <= (3e-5 if dtype == mx.float32 else 8e-3)  # of up to 15
+
+
+def plain_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    return nn.losses.cross_entropy(logits.astype(mx.float32), targets)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    """A target whose probability underflows costs its distance from the largest logit, not infinity."""
+    logits = mx.array([[0.0, 300.0, -300.0]])
+    value, gradient = mx.value_and_grad(lambda scores: cross_entropy(scores, mx.array([2])).sum())(logits)
+    assert value.item() == 600.0
+    assert gradient.tolist() == [[0.0, 1.0, -1.0]]
