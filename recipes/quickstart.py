@@ -62,11 +62,11 @@ class Settings:
 
 FULL = Settings(
     base=Size(
-        layers=2, hidden=256, heads=4, vocabulary=1024, row_tokens=96, batch_size=8, steps=600, learning_rate=4e-3
+        layers=2, hidden=256, heads=4, vocabulary=1024, row_tokens=96, batch_size=8, steps=800, learning_rate=4e-3
     ),
     chats=5000,
     held_out=48,
-    steps=300,
+    steps=500,
     every=100,
 )
 SMALL = Settings(
