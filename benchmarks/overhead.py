@@ -5,11 +5,13 @@
 
 A step's time is that between two batches being taken, the same way for all loops, which take turns. The raw loop runs
 one step ahead, as the Trainer does; a second one waits for each step, as most scripts do. Of the tiny model's steps the
-median counts, of the quick start's the mean, logs included. Its evaluations, samples and checkpoints are work of their
+median counts; of the quick start's the mean of the process's CPU time, logs included, with one BLAS thread: on a shared
+machine wall time varies by more than what is to be measured. Its evaluations, samples and checkpoints are work of their
 own and fall outside the steps that are measured; the callbacks that ask for them are on.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -23,6 +25,8 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # waiting threads spin, and would count as work
+
 import mlx_trainer as mt
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -33,8 +37,8 @@ Loops = dict[str, Callable[[], float]]
 class Clocked:
     """Batches that note when each was taken."""
 
-    def __init__(self, batches: Sequence[Any]) -> None:
-        self.batches = batches
+    def __init__(self, batches: Sequence[Any], clock: Callable[[], float] = time.perf_counter) -> None:
+        self.batches, self.clock = batches, clock
         self.times: list[float] = []
 
     def __len__(self) -> int:
@@ -42,7 +46,7 @@ class Clocked:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
-            self.times.append(time.perf_counter())
+            self.times.append(self.clock())
             yield batch
 
     def microseconds(self, statistic: Callable[[Sequence[float]], float], warm_up: int) -> float:
@@ -160,7 +164,9 @@ def quickstart_loops(steps: int, folder: Path) -> Loops:
         return mt.MistralLoRAModule(folder, lora=lora, dtype="float32", max_seq_length=128, learning_rate=3e-3)
 
     data = mt.DataPipeline(folder / "chats.jsonl", module().tokenizer, batch_size=8, max_seq_length=128)
-    batches, held_out = list(data.train_loader())[:steps], list(data.validation_loader() or [])
+    shuffled, held_out = list(data.train_loader())[:steps], list(data.validation_loader() or [])
+    first = list({batch.input_ids.shape: batch for batch in shuffled}.values())
+    batches = [*first, *shuffled]  # every shape is compiled before the clock counts
 
     def callbacks() -> list[mt.Callback]:
         return [
@@ -178,9 +184,9 @@ def quickstart_loops(steps: int, folder: Path) -> Loops:
         ]
 
     def timed(loop: Callable[[Clocked], Any]) -> float:
-        clocked = Clocked(batches)
+        clocked = Clocked(batches, time.process_time)
         loop(clocked)
-        return clocked.microseconds(statistics.mean, warm_up=max(10, steps // 5))
+        return clocked.microseconds(statistics.mean, warm_up=len(first) + 5)
 
     def trained(clocked: Clocked, chosen: list[mt.Callback]) -> None:
         mt.Trainer(log_every=25, callbacks=chosen, run_dir=folder / "run").fit(module(), clocked, held_out[:1])
