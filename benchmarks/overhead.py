@@ -2,6 +2,7 @@
 
     python benchmarks/overhead.py               # a tiny model: what is paid at every step, whatever the model
     python benchmarks/overhead.py --quickstart  # the quick start's fine-tune with all its callbacks on
+    python benchmarks/overhead.py --quickstart --host  # the same, only what Python's own thread works
 
 A step's time is that between two batches being taken, the same way for all loops, which take turns. The raw loop runs
 one step ahead, as the Trainer does; a second one waits for each step, as most scripts do. Of the tiny model's steps the
@@ -146,7 +147,7 @@ def tiny_loops(steps: int) -> Loops:
 # The quick start's fine-tune.
 
 
-def quickstart_loops(steps: int, folder: Path) -> Loops:
+def quickstart_loops(steps: int, folder: Path, clock: Callable[[], float]) -> Loops:
     """The loops over the quick start's shape (fresh weights: they cost the same), rows, optimizer and callbacks."""
     sys.path.insert(0, str(RECIPES))
     from docstrings import read_library
@@ -184,7 +185,7 @@ def quickstart_loops(steps: int, folder: Path) -> Loops:
         ]
 
     def timed(loop: Callable[[Clocked], Any]) -> float:
-        clocked = Clocked(batches, time.process_time)
+        clocked = Clocked(batches, clock)
         loop(clocked)
         return clocked.microseconds(statistics.mean, warm_up=len(first) + 5)
 
@@ -202,12 +203,15 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", action="store_true")
+    parser.add_argument("--host", action="store_true")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         quick = arguments.quickstart
-        loops = quickstart_loops(arguments.steps or 100, Path(folder)) if quick else tiny_loops(arguments.steps or 3000)
+        clock = time.thread_time if arguments.host else time.process_time
+        steps = arguments.steps or (100 if quick else 3000)
+        loops = quickstart_loops(steps, Path(folder), clock) if quick else tiny_loops(steps)
         rounds = [{name: loop() for name, loop in loops.items()} for _ in range(arguments.rounds)]
     base = next(iter(loops))
     print(f"{'µs a step':34} {'median':>10} {'over raw':>10} {'ratio':>7}   (of {arguments.rounds} rounds)")
