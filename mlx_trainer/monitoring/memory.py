@@ -15,8 +15,9 @@ class MemoryStats:
     """One reading of the device's memory, in GB of 1e9 bytes.
 
     `used_gb` is what this process takes (on the CPU all of it, Python included), `available_gb` what it could still
-    take, `peak_gb` the most that arrays held since the last reset, `percent_used` the used part of the limit that
-    `runtime.memory_limit_bytes` gives, `active_gb` what live arrays hold and `cache_gb` what MLX keeps to use again.
+    take, `peak_gb` the most that arrays held since the last reset, `percent_used` the part of the limit (that of
+    `runtime.memory_limit_bytes`) which is not available, `active_gb` what live arrays hold and `cache_gb` what MLX keeps
+    to use again, and which is available therefore.
     """
 
     used_gb: float
@@ -28,7 +29,7 @@ class MemoryStats:
 
     def __str__(self) -> str:
         return (
-            f"{self.used_gb:.2f} GB used ({self.percent_used:.0f} %), {self.available_gb:.2f} GB available, "
+            f"{self.used_gb:.2f} GB used, {self.available_gb:.2f} GB available ({self.percent_used:.0f} % taken), "
             f"arrays {self.active_gb:.2f} GB, peak {self.peak_gb:.2f} GB, cache {self.cache_gb:.2f} GB"
         )
 
@@ -40,7 +41,7 @@ def read_memory() -> MemoryStats:
         used_gb=now.used / _GB,
         available_gb=now.available / _GB,
         peak_gb=now.peak / _GB,
-        percent_used=100 * now.used / now.limit,
+        percent_used=100 * (1 - now.available / now.limit),
         active_gb=now.active / _GB,
         cache_gb=now.cache / _GB,
     )

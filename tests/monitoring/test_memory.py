@@ -12,7 +12,7 @@ READING = runtime.MemoryBytes(
     cache=500_000_000,
     peak=5_000_000_000,
     used=4_000_000_000,
-    available=12_000_000_000,
+    available=10_000_000_000,
     limit=16_000_000_000,
 )
 
@@ -21,7 +21,7 @@ def test_a_reading_is_in_units_of_1e9_bytes(monkeypatch: pytest.MonkeyPatch) -> 
     """Each figure is its counter divided by 1e9, and the percentage is of the limit."""
     monkeypatch.setattr(runtime, "memory_bytes", lambda: READING)
     assert read_memory() == MemoryStats(
-        used_gb=4.0, available_gb=12.0, peak_gb=5.0, percent_used=25.0, active_gb=3.0, cache_gb=0.5
+        used_gb=4.0, available_gb=10.0, peak_gb=5.0, percent_used=37.5, active_gb=3.0, cache_gb=0.5
     )
 
 
@@ -33,7 +33,7 @@ def test_a_reading_is_logged_with_its_context(
     with caplog.at_level(logging.INFO, logger="mlx_trainer"):
         assert log_memory("after loading") == read_memory()
     assert [record.getMessage() for record in caplog.records] == [
-        "memory after loading: 4.00 GB used (25 %), 12.00 GB available, arrays 3.00 GB, peak 5.00 GB, cache 0.50 GB"
+        "memory after loading: 4.00 GB used, 10.00 GB available (38 % taken), arrays 3.00 GB, peak 5.00 GB, cache 0.50 GB"
     ]
 
 
