@@ -16,8 +16,8 @@ class MemoryStats:
 
     `used_gb` is what this process takes (on the CPU all of it, Python included), `available_gb` what it could still
     take, `peak_gb` the most that arrays held since the last reset, `percent_used` the part of the limit (that of
-    `runtime.memory_limit_bytes`) which is not available, `active_gb` what live arrays hold and `cache_gb` what MLX keeps
-    to use again, and which is available therefore.
+    `runtime.memory_limit_bytes`) which is not available, `active_gb` what live arrays hold and `cache_gb` what MLX
+    keeps to use again, and which is available therefore.
     """
 
     used_gb: float
