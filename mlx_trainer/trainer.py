@@ -75,8 +75,9 @@ class Trainer:
         overfit_batches: int = 0,
         limit_validation_batches: int | float | None = None,
     ) -> None:
-        for name, value in (("accumulate", accumulate), ("log_every", log_every)):
-            if value < 1:
+        counts = {"max_epochs": max_epochs, "max_steps": max_steps, "accumulate": accumulate, "log_every": log_every}
+        for name, value in counts.items():
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
         self.limits = Limits.of(max_epochs, min(filter(None, (max_steps, int(fast_dev_run))), default=None), max_time)
         self.accumulate, self.log_every, self.seed = accumulate, 1 if fast_dev_run else log_every, seed

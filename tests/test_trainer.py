@@ -134,6 +134,13 @@ def test_ways_to_give_a_time(given: Any, seconds: float) -> None:
     assert seconds_of(given) == seconds
 
 
+@pytest.mark.parametrize("name", ["max_epochs", "max_steps", "accumulate", "log_every"])
+def test_numbers_below_one_are_refused_by_name(name: str) -> None:
+    """A run of no steps is not what anybody means."""
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be 1 or more"):
+        Trainer(**{name: 0})  # type: ignore[arg-type]
+
+
 def test_a_time_that_is_none_is_refused() -> None:
     """The message says what would be right."""
     with pytest.raises(
