@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from attrs import asdict, evolve
+from attrs import evolve
 
 from mlx_trainer.callback import Callback
 from mlx_trainer.callbacks import (
@@ -29,7 +29,7 @@ from mlx_trainer.callbacks import (
 )
 from mlx_trainer.checkpoint import verify
 from mlx_trainer.config import Config, ConfigError, LoRAConfig, ModelConfig, to_yaml, unwise
-from mlx_trainer.data import DataPipeline
+from mlx_trainer.data import DataPipeline, DataReport, render, report_on
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
 from mlx_trainer.monitoring import make_folder, setup_logging, write_atomic, write_environment
@@ -50,13 +50,23 @@ def train(config: Config) -> TrainingResult:
         check_run_directory(run_dir, config.run.resume)
         module = build_module(config)
         data = build_data(config, module)
+        report = build_report(config, data, module)
+        for line in report.epoch_lines():  # the pipeline has logged the others
+            log.info("%s", line)
         module.setup("fit")
     with setup_logging(make_folder(run_dir)):
         # With the folder that was found, so that `train <folder>/config.yaml --resume auto` continues this very run.
         resolved = evolve(config, run=evolve(config.run, directory=str(run_dir)))
         write_atomic(run_dir / "config.yaml", to_yaml(resolved))
-        write_environment(run_dir, seed=config.data.seed, data=asdict(data.summary))
+        write_environment(run_dir, seed=config.data.seed, data=report.figures())
         return build_trainer(resolved, run_dir, evaluating=bool(data.validation_rows)).fit(module, data)
+
+
+def inspect(config: Config, rows: int = 2) -> DataReport:
+    """Return what the data of `config` becomes, with its first `rows` training rows as text; loads no weights."""
+    with setup_logging(level="WARNING"):
+        module = build_module(config)
+        return build_report(config, build_data(config, module), module, rows)
 
 
 def evaluate(config: Config, adapter: str | None = None, *, whole: bool = False) -> EvalMetrics:
@@ -160,6 +170,18 @@ def build_data(config: Config, module: CausalLMModule) -> DataPipeline:
         validation_path=data.validation_path,
         completion_style=data.completion_style,
         vocabulary_size=module.settings.get("vocab_size"),
+    )
+
+
+def build_report(config: Config, data: DataPipeline, module: CausalLMModule, rows: int = 0) -> DataReport:
+    """Return what `data` means for a run of `config`, with its first `rows` training rows as text."""
+    training = config.training
+    return report_on(
+        data,
+        accumulate=training.gradient_accumulation_steps,
+        epochs=training.num_epochs,
+        max_steps=training.max_steps,
+        examples=[render(row, module.tokenizer) for row in data.train_rows[:rows]],
     )
 
 

@@ -1,11 +1,13 @@
 """`mlx-trainer`: reads the command line, calls the library, and turns errors into one paragraph and an exit code.
 
-Exit codes: 0 done, 1 the training failed, 2 something that the user gave is wrong, 130 and 143 interrupted.
+Exit codes: 0 done, 1 the training failed or `inspect --strict` has warnings, 2 something that the user gave is wrong,
+130 and 143 interrupted.
 
 The options `--section.key` and their help come from the schema. The parser is the standard library's: tyro took 0.7 s
 for the help of these options (this: 0.3 s), and could neither lay them over a file's values nor keep types strict.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -158,6 +160,22 @@ def train(given: Given) -> int:
     return 0
 
 
+def inspect(given: Given) -> int:
+    """Print what the rows become in training; the code is 1 where --strict is given and there are warnings."""
+    config, rows = config_of(given), given.get("rows", 2)
+    if rows < 0:
+        raise ConfigError(f"--rows is {rows}; it must be a whole number, at least 0")
+    from mlx_trainer import build
+    from mlx_trainer.data import show, warnings_of
+
+    report = build.inspect(config, rows)
+    if "json" in given:
+        print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        show(report)
+    return int("strict" in given and bool(warnings_of(report)))
+
+
 def validate_config(given: Given) -> int:
     """Tell whether a configuration can be used, and what in it is unwise."""
     config = config_of(given)
@@ -200,6 +218,18 @@ COMMANDS = {
         {
             "inputs": FILES,
             "--print-config": {"action": "store_true", "help": "print the resolved configuration and stop"},
+        },
+    ),
+    "inspect": Command(
+        inspect,
+        "Print what the rows of a data file become, before any training.",
+        "FILE [--model NAME] [--json] [--strict] [--rows N] [--section.key VALUE ...]",
+        ALL,  # so that the arguments of a training can be inspected as they stand
+        {
+            "inputs": FILES,
+            "--json": {"action": "store_true", "help": "print one JSON object"},
+            "--strict": {"action": "store_true", "help": "end with code 1 where there are warnings"},
+            "--rows": {"type": int, "metavar": "N", "help": "rows to show with their trained tokens (default 2)"},
         },
     ),
     "validate-config": Command(

@@ -33,6 +33,7 @@ QUICK = {
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work in a folder that holds a tiny model, `base`, and eight chats of uneven length, `chats.jsonl`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
     tiny_mistral(tmp_path / "base")
     rows = [
         {"messages": [{"role": "user", "content": "dog " * n}, {"role": "assistant", "content": f"the sum is {n}"}]}
@@ -237,6 +238,77 @@ def test_a_checkpoint_that_is_not_there_is_told_before_anything_is_written(tmp_p
     with pytest.raises(CheckpointError, match="none is no complete checkpoint"):
         build.train(config(run__directory="one", run__resume="none"))
     assert not Path("one").exists()
+
+
+INSPECT = ("inspect", "chats.jsonl", "--model", "base", "--model.max_seq_length", "64", "--data.train_split", "0.75")
+
+
+def test_inspect_prints_the_report_without_reading_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    """Configuration and tokenizer are enough; two rows are shown unless told otherwise, and nothing is written."""
+    Path("base/model.safetensors").unlink()
+    before = sorted(Path().rglob("*"))
+    assert cli.main(INSPECT) == 0
+    captured = capsys.readouterr()
+    summary = build.inspect(config()).summary
+    assert (captured.out, captured.err) == (
+        f"{summary}\n"
+        "48.5% of the tokens are trained\n"
+        "batches per epoch: 3 of 1 shape, compiled once; 46.9% padding, 1.88 positions computed per token\n"
+        "optimizer steps: 1 per epoch, 3 in all\n"
+        "warning: 46.9% of the positions are padding, more than 25%; batches are padded to their longest row and a "
+        "multiple of 32, so a smaller training.batch_size or rows of more even length give less\n"
+        "\nchats.jsonl:1, trained between ⟦ and ⟧:\n<s>[INST] dog [/INST]⟦ the sum is 1</s>⟧\n"
+        "\nchats.jsonl:3, trained between ⟦ and ⟧:\n<s>[INST] dog dog dog [/INST]⟦ the sum is 3</s>⟧\n",
+        "",
+    )
+    assert cli.main([*INSPECT, "--rows", "0"]) == 0
+    assert capsys.readouterr().out == captured.out.partition("\nchats.jsonl")[0]
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("options", [{"max_steps": None, "num_epochs": 2}, {"max_steps": 3}, {"batch_size": 1}])
+def test_inspect_tells_what_the_training_does(
+    options: dict[str, int | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps are those that are taken; the training logs each line once and keeps the figures in its folder."""
+    sizes = {"gradient_accumulation_steps": 2} | options
+    found = config(run__directory="one", **{f"training__{name}": value for name, value in sizes.items()})
+    report = build.inspect(found)
+    assert report.total_steps == build.train(found).steps
+    told = capsys.readouterr().err
+    assert f": {report.steps_per_epoch} steps per epoch, each of 2 micro-batches" in told
+    assert [told.count(f" INFO {line}\n") for line in report.lines()] == [1] * len(report.lines())
+    assert json.loads(Path("one/environment.json").read_text())["data"] == report.figures()
+
+
+def test_inspect_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """--json prints one object: the report's."""
+    assert cli.main([*INSPECT, "--json", "--rows", "3"]) == 0
+    overrides = {"model.model_name": "base", "model.max_seq_length": 64, "data.train_split": 0.75}
+    found = load_config(overrides=overrides | {"data.dataset_path": "chats.jsonl"})
+    assert json.loads(capsys.readouterr().out) == build.inspect(found, rows=3).as_dict()
+
+
+def test_strict_inspection_fails_where_there_are_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    """With --strict the code is 1 where a warning is printed, else 0; without it always 0."""
+    assert cli.main([*INSPECT, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] != []
+    assert [cli.main([*INSPECT, *more]) for more in ([], ["--strict"], ["--strict", "--json"])] == [0, 1, 1]
+    fitting = ("--model.max_seq_length", "20")
+    assert cli.main([*INSPECT, *fitting, "--strict"]) == 0
+    assert "warning: " not in capsys.readouterr().out.rpartition("8 rows")[2]
+
+
+def test_inspect_refuses_what_training_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    """Missing data and a negative number of rows are a paragraph and code 2."""
+    assert cli.main(["inspect", "none.jsonl", "--model", "base"]) == 2
+    assert cli.main([*INSPECT, "--rows", "-1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    missing, negative = captured.err.splitlines()[-2:]
+    assert missing.startswith("mlx-trainer: ")
+    assert "none.jsonl" in missing
+    assert negative == "mlx-trainer: --rows is -1; it must be a whole number, at least 0"
 
 
 @pytest.fixture

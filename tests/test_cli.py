@@ -42,7 +42,9 @@ def resolved(capsys: pytest.CaptureFixture[str], *arguments: str) -> Config:
     return load_config("printed.yaml")
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("train", "--help"), ("generate", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--help",), ("train", "--help"), ("inspect", "--help"), ("generate", "--help")]
+)
 def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     """Help answers at once, because no model, no data and no configuration library is imported for it."""
     program = (
@@ -65,7 +67,7 @@ def test_the_module_runs_as_a_program() -> None:
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     """Without arguments the program says what it can do, as with --help."""
     overview = printed(capsys)
-    assert [line.split()[0] for line in overview.splitlines() if line.startswith("  ")][:4] == list(cli.COMMANDS)
+    assert [line.split()[0] for line in overview.splitlines() if line.startswith("  ")][:5] == list(cli.COMMANDS)
     assert printed(capsys, "--help") == overview
 
 
@@ -125,10 +127,10 @@ def test_options_are_read_by_their_types(capsys: pytest.CaptureFixture[str]) -> 
         (["a.jsonl", "--data.seed", "-1"], "override: data.seed is -1; it must be a whole number, at least 0"),
         (["a.jsonl", "b.jsonl"], "a.jsonl and b.jsonl: give one data file; configurations end in .yaml, .yml or .json"),
         (["none.yaml"], "none.yaml: there is no such file"),
-        ([], "configuration: data.dataset_path is required: JSONL file of messages, prompt/completion or text rows"),
+        ([], "configuration: data.dataset_path is required: JSONL file, or folder of train.jsonl and valid.jsonl"),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "validate-config"])
+@pytest.mark.parametrize("command", ["train", "inspect", "validate-config"])
 def test_a_wrong_argument_is_one_paragraph_and_code_2(
     command: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

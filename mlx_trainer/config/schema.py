@@ -71,7 +71,7 @@ class TrainingConfig:
 class DataConfig:
     """The rows, and how they are split and ordered."""
 
-    dataset_path: str = option("JSONL file of messages, prompt/completion or text rows", valid=NOT_EMPTY)
+    dataset_path: str = option("JSONL file, or folder of train.jsonl and valid.jsonl", valid=NOT_EMPTY)
     validation_path: str | None = option(
         "JSONL file of held-out rows; without it the dataset is split", None, NOT_EMPTY
     )

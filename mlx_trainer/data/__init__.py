@@ -3,9 +3,12 @@
 from mlx_trainer.data.batch import IGNORED, Batch, BatchMetadata, collate
 from mlx_trainer.data.conversation import Conversation, DataError, Message, PromptCompletion, RowError, Text
 from mlx_trainer.data.encoding import SampleEncoder
+from mlx_trainer.data.example import render
+from mlx_trainer.data.formats import register_format
 from mlx_trainer.data.loader import BatchLoader
 from mlx_trainer.data.pipeline import DataPipeline
 from mlx_trainer.data.plan import plan, split
+from mlx_trainer.data.report import DataReport, report_on, show, warnings_of
 from mlx_trainer.data.summary import DataSummary
 
 __all__ = [
@@ -16,6 +19,7 @@ __all__ = [
     "Conversation",
     "DataError",
     "DataPipeline",
+    "DataReport",
     "DataSummary",
     "Message",
     "PromptCompletion",
@@ -24,5 +28,10 @@ __all__ = [
     "Text",
     "collate",
     "plan",
+    "register_format",
+    "render",
+    "report_on",
+    "show",
     "split",
+    "warnings_of",
 ]

@@ -1,5 +1,6 @@
 """What a row of a file holds, before any token: a conversation, a prompt with its completion, or a text."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from attrs import frozen
@@ -65,22 +66,43 @@ class Text:
 Sample = Conversation | PromptCompletion | Text
 
 
-def check_conversation(messages: tuple[Message, ...]) -> Conversation:
+@frozen
+class Layout:
+    """What a chat format calls its list of messages, the keys of a message, and each role; errors speak its names."""
+
+    messages: str
+    role: str
+    content: str
+    names: Mapping[str, Role]
+
+    def name(self, role: Role) -> str:
+        """The format's own name of `role`."""
+        return next(name for name, meant in self.names.items() if meant == role)
+
+
+MESSAGES = Layout("messages", "role", "content", {role: role for role in ROLES})
+SHAREGPT = Layout("conversations", "from", "value", {"system": "system", "human": "user", "gpt": "assistant"})
+
+
+def check_conversation(messages: tuple[Message, ...], layout: Layout = MESSAGES) -> Conversation:
     """`messages` as a Conversation; raises RowError where roles are out of order or nothing is trained."""
     first = 1 if messages and messages[0].role == "system" else 0
+    user, assistant = layout.name("user"), layout.name("assistant")
     for number, message in enumerate(messages[first:]):
+        where = f"{layout.messages}[{first + number}]"
         expected = ROLES[1 + number % 2]
         if message.role != expected:
             raise RowError(
-                f"messages[{first + number}].role: {message.role!r} where {expected!r} is due; "
-                "an optional system message, then user and assistant in turn"
+                f"{where}.{layout.role}: {layout.name(message.role)!r} where {layout.name(expected)!r} is due; "
+                f"an optional system message, then {user} and {assistant} in turn"
             )
         if message.role == "assistant" and not message.content.strip():
-            raise RowError(f"messages[{first + number}].content: empty; an assistant message needs text")
+            raise RowError(f"{where}.{layout.content}: empty; a message of {assistant} needs text")
     if len(messages) == first:
-        raise RowError("messages: no user and assistant message")
+        raise RowError(f"{layout.messages}: no {user} and {assistant} message")
     if messages[-1].role == "user":
-        raise RowError(f"messages[{len(messages) - 1}].role: ends with 'user'; nothing to train after it")
+        last = f"{layout.messages}[{len(messages) - 1}].{layout.role}"
+        raise RowError(f"{last}: ends with {user!r}; nothing to train after it")
     if not any(message.weight for message in messages if message.role == "assistant"):
-        raise RowError("messages: every assistant message has weight 0, so nothing would be trained")
+        raise RowError(f"{layout.messages}: every {assistant} message has weight 0, so nothing would be trained")
     return Conversation(messages)

@@ -1,25 +1,18 @@
 """Row formats: which keys tell a format, and how its rows become samples.
 
-A format is one entry of `FORMATS`. Each row is recognized by itself, so a file may mix them; the first format whose
-keys are all present wins.
+A format is one entry of `FORMATS`, and `register_format` adds one. Each row is recognized by itself, so a file may mix
+them; the first format whose keys are all present wins.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 from attrs import frozen
 
-from mlx_trainer.data.conversation import (
-    ROLES,
-    Conversation,
-    Message,
-    PromptCompletion,
-    RowError,
-    Sample,
-    Text,
-    check_conversation,
-)
-
-JsonObject = Mapping[str, object]
+from mlx_trainer.data.chats import parse_alpaca, parse_messages, parse_sharegpt
+from mlx_trainer.data.conversation import DataError, PromptCompletion, RowError, Sample, Text
+from mlx_trainer.data.fields import JsonObject, trained_text
+from mlx_trainer.data.fields import text_at as text_at  # for formats of one's own
 
 
 @frozen
@@ -30,70 +23,57 @@ class Format:
     parse: Callable[[JsonObject], Sample]
 
 
-def text_at(row: JsonObject, key: str, where: str = "") -> str:
-    """`row[key]` if it is text that can be encoded; raises RowError naming `where` and `key`."""
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise RowError(f"{where}{key}: {'missing' if key not in row else f'expected text, got {json_type(value)}'}")
-    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise RowError(f"{where}{key}: holds half of a surrogate pair (such as \\ud83d), which is no Unicode text")
-    return value
-
-
-def json_type(value: object) -> str:
-    """What JSON calls `value`, for error messages."""
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), "text")
-
-
-def parse_message(value: object, where: str) -> Message:
-    """One entry of `messages`; raises RowError naming `where` and the key."""
-    if not isinstance(value, dict):
-        raise RowError(f"{where}: expected an object with role and content, got {json_type(value)}")
-    if value.get("tool_calls"):
-        raise RowError(f"{where}.tool_calls: calls of tools cannot be encoded; leave such rows out")
-    role = text_at(value, "role", f"{where}.")
-    if role not in ROLES:
-        raise RowError(f"{where}.role: {role!r} is not one of {', '.join(ROLES)}")
-    weight = value.get("weight", 1 if role == "assistant" else 0)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise RowError(f"{where}.weight: {weight!r} is neither 0 nor 1")
-    if weight == 1 and role != "assistant":
-        raise RowError(f"{where}.weight: 1 on a {role} message, but only assistant messages are trained")
-    return Message(role, text_at(value, "content", f"{where}."), int(weight))
-
-
-def parse_messages(row: JsonObject) -> Conversation:
-    """`{"messages": [{"role": …, "content": …, "weight": 0 or 1}, …]}`."""
-    if row.get("tools"):
-        raise RowError("tools: definitions of tools cannot be encoded; leave such rows out")
-    messages = row["messages"]
-    if not isinstance(messages, list):
-        raise RowError(f"messages: expected a list, got {json_type(messages)}")
-    return check_conversation(tuple(parse_message(value, f"messages[{i}]") for i, value in enumerate(messages)))
-
-
 def parse_prompt_completion(row: JsonObject) -> PromptCompletion:
     """`{"prompt": …, "completion": …}`, both plain text."""
-    sample = PromptCompletion(text_at(row, "prompt"), text_at(row, "completion"))
-    if not sample.completion.strip():
-        raise RowError("completion: empty, so nothing would be trained")
-    return sample
+    return PromptCompletion(text_at(row, "prompt"), trained_text(row, "completion"))
 
 
 def parse_text(row: JsonObject) -> Text:
     """`{"text": …}`."""
-    text = text_at(row, "text")
-    if not text.strip():
-        raise RowError("text: empty, so nothing would be trained")
-    return Text(text)
+    return Text(trained_text(row, "text"))
+
+
+def refuse_preference(row: JsonObject) -> NoReturn:
+    """`{"prompt": …, "chosen": …, "rejected": …}`: raises RowError, as there is no preference training yet."""
+    raise RowError(
+        "chosen, rejected: rows of preferences are for preference training (DPO), which comes later; "
+        "to fine-tune on the chosen answers give them as prompt and completion, or as messages"
+    )
 
 
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), parse_messages),
     "prompt/completion": Format(("prompt", "completion"), parse_prompt_completion),
+    "preference": Format(("chosen", "rejected"), refuse_preference),
+    "ShareGPT": Format(("conversations",), parse_sharegpt),
+    # Before `text`, which Alpaca's own file has beside its other keys, written out with a template.
+    "Alpaca": Format(("instruction", "output"), parse_alpaca),
     "text": Format(("text",), parse_text),
 }
+
+Parser = TypeVar("Parser", bound=Callable[[JsonObject], Sample])
+
+
+def register_format(name: str, *keys: str) -> Callable[[Parser], Parser]:
+    """Decorate a function that reads rows with all of `keys`; such a format is tried before those that exist.
+
+    The function returns a Conversation, PromptCompletion or Text, and raises RowError for a row that cannot be used.
+    Raises DataError where `name` is taken or there is no key to tell the format by.
+
+    >>> @register_format("question/answer", "question", "answer")
+    ... def parse_question(row: JsonObject) -> PromptCompletion:
+    ...     return PromptCompletion(text_at(row, "question"), text_at(row, "answer"))
+    """
+    if name in FORMATS or not keys:
+        raise DataError(f"The format {name!r} {'exists already' if keys else 'has no key to tell its rows by'}.")
+
+    def register(parse: Parser) -> Parser:
+        others = dict(FORMATS)
+        FORMATS.clear()
+        FORMATS.update({name: Format(keys, parse), **others})
+        return parse
+
+    return register
 
 
 def detect_format(row: JsonObject) -> str:

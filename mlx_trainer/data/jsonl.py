@@ -7,7 +7,8 @@ from pathlib import Path
 from attrs import frozen
 
 from mlx_trainer.data.conversation import DataError, RowError
-from mlx_trainer.data.formats import JsonObject, json_type
+from mlx_trainer.data.fields import JsonObject, json_type
+from mlx_trainer.data.sources import lines_of
 
 BOM = b"\xef\xbb\xbf"
 
@@ -20,16 +21,19 @@ class Line:
     value: JsonObject | RowError
 
 
-def read_jsonl(path: Path) -> Iterator[Line]:
-    """The lines of `path` that are not blank; raises DataError where the file cannot be read or holds nothing."""
+def read_jsonl(path: Path, name: str | None = None) -> Iterator[Line]:
+    """The lines of `path` that are not blank, told by `name` or else the file's own.
+
+    Raises DataError where the file cannot be read or holds nothing.
+    """
     check_file(path)
+    name = name or path.name
     empty = True
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(BOM) if number == 1 else line
-            if line.strip():
-                empty = False
-                yield Line(f"{path.name}:{number}", parse_line(line))
+    for number, line in enumerate(lines_of(path), start=1):
+        line = line.removeprefix(BOM) if number == 1 else line
+        if line.strip():
+            empty = False
+            yield Line(f"{name}:{number}", parse_line(line))
     if empty:
         raise DataError(f"{path} is empty. Give it one JSON object per line, such as {EXAMPLE}.")
 

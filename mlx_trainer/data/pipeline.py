@@ -1,13 +1,15 @@
-"""From a JSONL file to the two loaders of a run."""
+"""From JSONL files to the two loaders of a run."""
 
 import logging
-from pathlib import Path
+from itertools import chain
 
 from mlx_trainer.data.conversation import DataError
+from mlx_trainer.data.duplicates import find_leaks, tell_leaks
 from mlx_trainer.data.encoding import CompletionStyle, SampleEncoder
 from mlx_trainer.data.loader import BatchLoader
 from mlx_trainer.data.plan import split
-from mlx_trainer.data.rows import LoadedFile, TokenRow, check_vocabulary, load_file
+from mlx_trainer.data.rows import LoadedFile, TokenRow, check_vocabulary, load_files
+from mlx_trainer.data.sources import Paths, find_sources
 from mlx_trainer.data.summary import DataSummary, summarize
 from mlx_trainer.data.tokenizer import ChatTokenizer
 
@@ -15,16 +17,17 @@ logger = logging.getLogger("mlx_trainer.data")
 
 
 class DataPipeline:
-    """Reads, checks, encodes and splits the rows of a JSONL file; every error of the data shows here, before training.
+    """Reads, checks, encodes and splits the rows of JSONL files; every error of the data shows here, before training.
 
     Args:
-        path: JSONL with `messages`, `prompt`/`completion` or `text` rows, mixed as you like.
+        path: JSONL of any format, mixed as you like, plain, `.gz` or `.zst`: a file, a list of files that are read
+            one behind the other, or a directory with `train.jsonl` and, to be held out, `valid.jsonl`.
         tokenizer: the model's transformers tokenizer.
         max_seq_length: in tokens; longer rows lose their tail.
         train_split: share of the rows that is trained, the others are held out; 1.0 holds out none.
         shuffle: a new order of the training rows every epoch, from `seed` and the epoch alone.
         num_workers: threads that prepare batches ahead.
-        validation_path: a second file to hold out instead; then `train_split` has no effect.
+        validation_path: a file or files to hold out instead; then `train_split` has no effect.
         completion_style: "chat" makes a user message and its answer of prompt and completion; "raw" joins them.
         vocabulary_size: of the model; ids beyond it are refused.
 
@@ -33,7 +36,7 @@ class DataPipeline:
 
     def __init__(
         self,
-        path: str | Path,
+        path: Paths,
         tokenizer: ChatTokenizer,
         *,
         batch_size: int = 2,
@@ -42,7 +45,7 @@ class DataPipeline:
         shuffle: bool = True,
         seed: int = 42,
         num_workers: int = 0,
-        validation_path: str | Path | None = None,
+        validation_path: Paths | None = None,
         completion_style: CompletionStyle = "chat",
         vocabulary_size: int | None = None,
     ) -> None:
@@ -54,13 +57,17 @@ class DataPipeline:
         self.num_workers = num_workers
         self._pad_id = tokenizer.pad_token_id or 0
         encoder = SampleEncoder.of(tokenizer, completion_style)
-        files = [load_file(Path(p), encoder, max_seq_length) for p in (path, validation_path) if p is not None]
+        sources = find_sources(path, validation_path)
+        sides = [side for side in (sources.train, sources.validation) if side]
+        files = [load_files(side, encoder, max_seq_length) for side in sides]
         if vocabulary_size is not None:
-            check_vocabulary((row for file in files for row in file.rows), vocabulary_size, encoder)
+            check_vocabulary(chain.from_iterable(file.rows for file in files), vocabulary_size, encoder)
         self.train_rows, self.validation_rows = divide(files, seed, train_split)
-        self.summary: DataSummary = summarize(files, self.train_rows, self.validation_rows)
+        leaks = find_leaks(self.train_rows, self.validation_rows)
+        self.summary: DataSummary = summarize(files, self.train_rows, self.validation_rows, len(leaks))
         for line in str(self.summary).splitlines():
             logger.info("%s", line)
+        tell_leaks(leaks, len(self.validation_rows))
 
     def train_loader(self) -> BatchLoader:
         """A new loader of the training rows, at the start of epoch 0."""
@@ -91,7 +98,7 @@ class DataPipeline:
 
 
 def divide(files: list[LoadedFile], seed: int, train_split: float) -> tuple[tuple[TokenRow, ...], tuple[TokenRow, ...]]:
-    """Training and validation rows: of two files the one and the other, of one file a seeded split."""
+    """Training and validation rows: those of two loads, or a seeded split of one."""
     first, *others = files
     if others:
         return first.rows, others[0].rows

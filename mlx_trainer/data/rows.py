@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +14,7 @@ from mlx_trainer.data.conversation import DataError, RowError, Sample, Text
 from mlx_trainer.data.encoding import SampleEncoder
 from mlx_trainer.data.formats import FORMATS, detect_format
 from mlx_trainer.data.jsonl import read_jsonl
+from mlx_trainer.data.sources import Source
 from mlx_trainer.data.tokenizer import BoolArray, IntArray, Tokens
 
 MAX_BAD_SHARE = 0.05
@@ -25,7 +27,7 @@ logger = logging.getLogger("mlx_trainer.data")
 
 @frozen(eq=False)
 class TokenRow:
-    """One row: `source` as in `chats.jsonl:12`, its `number` in the file from 0, ids and trained mask (length,)."""
+    """One row: `source` as in `chats.jsonl:12`, its `number` in the data from 0, ids and trained mask (length,)."""
 
     source: str
     number: int
@@ -47,9 +49,9 @@ class TokenRow:
 
 @frozen(eq=False)
 class LoadedFile:
-    """The usable rows of a file, cut to the maximum length, and what became of the others.
+    """The usable rows of a file or of several, cut to the maximum length, and what became of the others.
 
-    `total` counts all rows of the file; `truncated` those that were cut and are still trained, `dropped` those whose
+    `total` counts all rows; `truncated` those that were cut and are still trained, `dropped` those whose
     trained tokens all lay beyond the cut; `lengths` are in tokens, before the cut.
     """
 
@@ -61,14 +63,33 @@ class LoadedFile:
     lengths: tuple[int, ...]
 
 
-def load_file(path: Path, encoder: SampleEncoder, max_seq_length: int) -> LoadedFile:
-    """Read, check, encode and cut the rows of `path`.
+def load_files(sources: Sequence[Source], encoder: SampleEncoder, max_seq_length: int) -> LoadedFile:
+    """The rows of files, one behind the other; raises DataError as `load_file` does, for each by itself."""
+    files = [load_file(source, encoder, max_seq_length) for source in sources]
+    before = accumulate((file.total for file in files), initial=0)
+    return LoadedFile(
+        rows=tuple(
+            evolve(row, number=start + row.number)
+            for start, file in zip(before, files, strict=False)
+            for row in file.rows
+        ),
+        total=sum(file.total for file in files),
+        bad=sum(file.bad for file in files),
+        truncated=sum(file.truncated for file in files),
+        dropped=sum(file.dropped for file in files),
+        lengths=tuple(length for file in files for length in file.lengths),
+    )
+
+
+def load_file(source: Source, encoder: SampleEncoder, max_seq_length: int) -> LoadedFile:
+    """Read, check, encode and cut the rows of a file.
 
     Raises DataError where the file cannot be read, more than 5 % of its rows are bad, or no row can be trained.
     """
-    samples, bad, total = parse_file(path)
+    path = source.path
+    samples, bad, total = parse_file(source)
     refuse_bad_rows(path, bad, total)
-    tell_control_tokens(path, samples, encoder)
+    tell_control_tokens(source, samples, encoder)
     whole: list[TokenRow] = []
     for row in encode_rows(samples, encoder):
         if isinstance(row, TokenRow):
@@ -77,22 +98,22 @@ def load_file(path: Path, encoder: SampleEncoder, max_seq_length: int) -> Loaded
             number, reason = row
             bad[number] = reason
     refuse_bad_rows(path, bad, total)
-    tell(f"{path.name}: skipped a bad row", [bad[number] for number in sorted(bad)])
-    rows, dropped = cut_rows(path, whole, max_seq_length)
+    tell(f"{source.name}: skipped a bad row", [bad[number] for number in sorted(bad)])
+    rows, dropped = cut_rows(source, whole, max_seq_length)
     truncated = sum(len(row) > max_seq_length for row in whole) - dropped
     return LoadedFile(rows, total, len(bad), truncated, dropped, tuple(map(len, whole)))
 
 
-def cut_rows(path: Path, whole: Sequence[TokenRow], max_seq_length: int) -> tuple[tuple[TokenRow, ...], int]:
+def cut_rows(file: Source, whole: Sequence[TokenRow], max_seq_length: int) -> tuple[tuple[TokenRow, ...], int]:
     """Rows cut to `max_seq_length` that are still trained, and how many are not; raises DataError if none is."""
     cut = [row.cut(max_seq_length) for row in whole]
     dropped = [row.source for row in cut if not row.trained.any()]
     if len(dropped) == len(cut):
         raise DataError(
-            f"No row of {path} has a trained token within max_seq_length={max_seq_length}: the prompts alone are "
+            f"No row of {file.path} has a trained token within max_seq_length={max_seq_length}: the prompts alone are "
             f"longer. Raise max_seq_length (the longest row has {max(map(len, whole)):,} tokens) or shorten them."
         )
-    tell(f"{path.name}: dropped a row with no trained token within max_seq_length={max_seq_length}", dropped)
+    tell(f"{file.name}: dropped a row with no trained token within max_seq_length={max_seq_length}", dropped)
     return tuple(row for row in cut if row.trained.any()), len(dropped)
 
 
@@ -100,13 +121,13 @@ Located = tuple[int, str, Sample]
 """A row's number in the file, its source and its sample."""
 
 
-def parse_file(path: Path) -> tuple[list[Located], dict[int, str], int]:
-    """Samples of `path`, what is wrong with each bad row by its number, and the number of all rows."""
+def parse_file(file: Source) -> tuple[list[Located], dict[int, str], int]:
+    """Samples of a file, what is wrong with each bad row by its number, and the number of all rows."""
     samples: list[Located] = []
     bad: dict[int, str] = {}
     formats: Counter[str] = Counter()
     number = -1
-    for number, line in enumerate(read_jsonl(path)):
+    for number, line in enumerate(read_jsonl(file.path, file.name)):
         try:
             if isinstance(line.value, RowError):
                 raise line.value
@@ -116,7 +137,7 @@ def parse_file(path: Path) -> tuple[list[Located], dict[int, str], int]:
         except RowError as error:
             bad[number] = f"{line.source}: {error}"
     logger.info(
-        "%s: %s", path, ", ".join(f"{count:,} {name} rows" for name, count in formats.most_common()) or "no row"
+        "%s: %s", file.path, ", ".join(f"{count:,} {name} rows" for name, count in formats.most_common()) or "no row"
     )
     return samples, bad, number + 1
 
@@ -151,7 +172,7 @@ def tell(what: str, rows: Sequence[str]) -> None:
         logger.warning("%s: and %d more, %d in all", what, len(rows) - TOLD, len(rows))
 
 
-def tell_control_tokens(path: Path, samples: Sequence[Located], encoder: SampleEncoder) -> None:
+def tell_control_tokens(file: Source, samples: Sequence[Located], encoder: SampleEncoder) -> None:
     """Warn of `text` rows that spell control tokens, as chats written out by a template do: they stay plain text."""
     rows = [
         (source, token)
@@ -162,7 +183,7 @@ def tell_control_tokens(path: Path, samples: Sequence[Located], encoder: SampleE
         logger.warning(
             "%s: %d text rows spell control tokens, first %s with %s. They are read as plain text; "
             "give chats as messages rows to have control tokens written",
-            *(path.name, len(rows), *rows[0]),
+            *(file.name, len(rows), *rows[0]),
         )
 
 

@@ -76,7 +76,7 @@ def test_every_problem_is_told_at_once_with_its_file_key_value_and_range() -> No
         "base.yaml: lora.rank is 1.7; it must be a whole number, at least 1",
         "base.yaml: model is 5; it must be a section of keys and values",
         "override: data.seed is -1; it must be a whole number, at least 0",
-        "recipe.yaml: data.dataset_path is required: JSONL file of messages, prompt/completion or text rows",
+        "recipe.yaml: data.dataset_path is required: JSONL file, or folder of train.jsonl and valid.jsonl",
         "recipe.yaml: data.shuffle is 'no'; it must be true or false",
         "recipe.yaml: foo is not a known key; known keys: model, lora, training, data, evaluation, run",
         "recipe.yaml: learning_rate is not a known key; did you mean training.learning_rate?",

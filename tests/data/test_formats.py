@@ -4,13 +4,23 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from transformers import PreTrainedTokenizerFast
 
-from mlx_trainer.data.conversation import Conversation, Message, PromptCompletion, RowError, Sample, Text
-from mlx_trainer.data.formats import FORMATS, detect_format
+from mlx_trainer.data import formats
+from mlx_trainer.data.conversation import Conversation, DataError, Message, PromptCompletion, RowError, Sample, Text
+from mlx_trainer.data.encoding import SampleEncoder
+from mlx_trainer.data.fields import JsonObject
+from mlx_trainer.data.formats import FORMATS, detect_format, register_format, text_at
+from mlx_trainer.data.tokenizer import Tokens
+from tests.data.tokenizers_for_tests import chatml_tokenizer
 from tests.strategies import conversations
 
 USER = {"role": "user", "content": "2+2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}
+HUMAN = {"from": "human", "value": "2+2?"}
+GPT = {"from": "gpt", "value": "4"}
+ALPACA = {"instruction": "Add.", "input": "2 2", "output": "4"}
+ONE_TURN = (Message("user", "2+2?", 0), Message("assistant", "4"))
 
 
 def parse(row: dict[str, Any]) -> Sample:
@@ -21,14 +31,35 @@ def parse(row: dict[str, Any]) -> Sample:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"messages": [USER, ASSISTANT]}, Conversation((Message("user", "2+2?", 0), Message("assistant", "4")))),
+        ({"messages": [USER, ASSISTANT]}, Conversation(ONE_TURN)),
         ({"prompt": "2+2?", "completion": "4"}, PromptCompletion("2+2?", "4")),
         ({"text": "two and two", "id": 7}, Text("two and two")),
-        ({"text": "ignored", "messages": [USER, ASSISTANT]}, parse({"messages": [USER, ASSISTANT]})),
+        ({"text": "ignored", "messages": [USER, ASSISTANT]}, Conversation(ONE_TURN)),
+        ({"messages": [USER, ASSISTANT], "chosen": "a", "rejected": "b"}, Conversation(ONE_TURN)),
+        ({"conversations": [HUMAN, GPT], "system": None, "id": "a_0"}, Conversation(ONE_TURN)),
+        (
+            {"conversations": [HUMAN, {**GPT, "weight": 0}, HUMAN, GPT], "system": "Be brief."},
+            Conversation((Message("system", "Be brief.", 0), *ONE_TURN[:1], Message("assistant", "4", 0), *ONE_TURN)),
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "Be brief."}, HUMAN, GPT], "system": ""},
+            Conversation((Message("system", "Be brief.", 0), *ONE_TURN)),
+        ),
+        (
+            {**ALPACA, "text": "Below is an instruction ..."},
+            Conversation((Message("user", "Add.\n2 2", 0), Message("assistant", "4"))),
+        ),
+        ({"instruction": "2+2?", "input": None, "output": "4", "history": None}, Conversation(ONE_TURN)),
+        (
+            {"instruction": "Why?", "input": "", "output": "So.", "system": "Be brief.", "history": [["2+2?", "4"]]},
+            Conversation(
+                (Message("system", "Be brief.", 0), *ONE_TURN, Message("user", "Why?", 0), Message("assistant", "So."))
+            ),
+        ),
     ],
 )
 def test_formats(row: dict[str, Any], expected: Sample) -> None:
-    """Each format is told by its keys; other keys are ignored, and messages come first."""
+    """Each format is told by its keys; other keys are ignored, messages come first, and Alpaca before text."""
     assert parse(row) == expected
 
 
@@ -59,6 +90,41 @@ def test_formats(row: dict[str, Any], expected: Sample) -> None:
         ({"messages": [{**USER, "weight": 1}, ASSISTANT]}, r"messages\[0\].weight: 1 on a user message"),
         ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, r"messages\[1\].tool_calls: calls of tools cannot"),
         ({"messages": [USER, ASSISTANT], "tools": [{}]}, "tools: definitions of tools cannot be encoded"),
+        ({"conversations": {}}, "conversations: expected a list, got an object"),
+        ({"conversations": [USER]}, r"conversations\[0\].from: missing"),
+        ({"conversations": [1]}, r"conversations\[0\]: expected an object with from and value, got a number"),
+        (
+            {"conversations": [HUMAN, {"from": "function_call", "value": "{}"}]},
+            r"conversations\[1\].from: 'function_call' is not one of system, human, gpt",
+        ),
+        (
+            {"conversations": [HUMAN, HUMAN, GPT]},
+            r"conversations\[1\].from: 'human' where 'gpt' is due; an optional system message, then human and gpt in",
+        ),
+        ({"conversations": [HUMAN, GPT, HUMAN]}, r"conversations\[2\].from: ends with 'human'; nothing to train"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": ""}]}, r"conversations\[1\].value: empty; a message"),
+        (
+            {"conversations": [{**HUMAN, "weight": 1}, GPT]},
+            r"conversations\[0\].weight: 1 on a human message, but only",
+        ),
+        ({"conversations": []}, "conversations: no human and gpt message"),
+        ({"conversations": [HUMAN, GPT], "tools": "[{}]"}, "tools: definitions of tools cannot be encoded"),
+        (
+            {"conversations": [{"from": "system", "value": "x"}, HUMAN, GPT], "system": "y"},
+            r"system: given beside the system message in conversations\[0\]; leave one of them out",
+        ),
+        ({**ALPACA, "output": " "}, "output: empty, so nothing would be trained"),
+        ({**ALPACA, "input": 5}, "input: expected text, got a number"),
+        ({**ALPACA, "system": []}, "system: expected text, got a list"),
+        ({**ALPACA, "history": "x"}, r"history: expected a list of \[question, answer\] pairs, got text"),
+        ({**ALPACA, "history": [["a", "b"], ["c"]]}, r"history\[1\]: expected a pair, \[question, answer\]"),
+        ({**ALPACA, "history": [["a", None]]}, r"history\[0\]\[1\]: expected text, got null"),
+        ({**ALPACA, "history": [["a", "b"], ["c", ""]]}, r"history\[1\]\[1\]: empty, so nothing would be trained"),
+        (
+            {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+            r"chosen, rejected: rows of preferences are for preference training \(DPO\), which comes later; to fine",
+        ),
+        ({"conversations": [HUMAN], "chosen": GPT, "rejected": GPT}, "chosen, rejected: rows of preferences are for"),
         ({"prompt": "2+2?", "completion": 4}, "completion: expected text, got a number"),
         ({"prompt": "2+2?", "completion": " "}, "completion: empty"),
         ({"text": ""}, "text: empty"),
@@ -80,3 +146,65 @@ def test_every_conversation_is_kept_whole(messages: list[dict[str, Any]]) -> Non
     answers = [m for m in messages if m["role"] == "assistant"]
     assert [a.weight for _, a in conversation.turns] == [m["weight"] for m in answers]
     assert conversation.system == (messages[0]["content"] if messages[0]["role"] == "system" else None)
+
+
+def written_as(messages: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """One conversation, without weights, as a row of each format that can hold it."""
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    texts = [m["content"] for m in messages if m["role"] != "system"]
+    *history, (question, answer) = zip(texts[::2], texts[1::2], strict=True)
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": names[m["role"]], "value": m["content"]} for m in messages]
+    rows: dict[str, dict[str, Any]] = {
+        "messages": {"messages": messages},
+        "ShareGPT": {"conversations": turns},
+        "Alpaca": {"instruction": question, "output": answer, "history": list(map(list, history))},
+    }
+    if system:
+        rows["Alpaca"]["system"] = system[0]
+    elif not history:
+        rows["prompt/completion"] = {"prompt": question, "completion": answer}
+    return rows
+
+
+@pytest.mark.parametrize("family", ["Mistral", "ChatML"])
+def test_formats_agree_on_ids_and_masks(tokenizer: PreTrainedTokenizerFast, family: str) -> None:
+    """The same conversations as messages, prompt/completion, ShareGPT and Alpaca give the same ids and masks."""
+    encoder = SampleEncoder.of(tokenizer if family == "Mistral" else chatml_tokenizer())
+    system = {"role": "system", "content": "Be brief."}
+    second = [{"role": "user", "content": "why not?\nsay"}, {"role": "assistant", "content": "so it is"}]
+    for messages, count in (
+        ([USER, ASSISTANT], 4),
+        ([system, USER, ASSISTANT], 3),
+        ([system, USER, ASSISTANT, *second], 3),
+    ):
+        rows = written_as(messages)
+        assert [detect_format(row) for row in rows.values()] == list(rows)
+        encoded = [row for row in encoder.encode([parse(row) for row in rows.values()]) if isinstance(row, Tokens)]
+        assert len(encoded) == count
+        assert [(row.ids.tolist(), row.trained.tolist()) for row in encoded[1:]] == [
+            (encoded[0].ids.tolist(), encoded[0].trained.tolist())
+        ] * (count - 1)
+
+
+def test_a_format_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registered function reads the rows that have its keys, before the formats that were there."""
+    monkeypatch.setattr(formats, "FORMATS", dict(FORMATS))
+
+    @register_format("rated", "text", "rating")
+    def parse_rated(row: JsonObject) -> Text:
+        return Text(f"{text_at(row, 'text')} ({row['rating']} of 5)")
+
+    assert list(formats.FORMATS) == ["rated", *FORMATS]
+    assert detect_format({"text": "fine", "rating": 4}) == "rated"
+    assert formats.FORMATS["rated"].parse({"text": "fine", "rating": 4}) == Text("fine (4 of 5)")
+    assert parse_rated({"text": "", "rating": 1}) == Text(" (1 of 5)")
+    assert detect_format({"text": "fine"}) == "text"
+
+
+def test_formats_that_cannot_be_registered() -> None:
+    """A name that is taken and a format without keys are refused."""
+    with pytest.raises(DataError, match="The format 'text' exists already"):
+        register_format("text", "body")
+    with pytest.raises(DataError, match="The format 'mine' has no key to tell its rows by"):
+        register_format("mine")

@@ -73,6 +73,34 @@ def test_validation_file(write_rows: WriteRows, tokenizer: PreTrainedTokenizerFa
     assert sources(pipeline.validation_loader()) == ["held.jsonl:2", "held.jsonl:3", "held.jsonl:1"]
 
 
+def test_duplicates_and_leaks(
+    write_rows: WriteRows, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows of the same ids and mask are counted on their side; held-out rows that are trained too raise a warning."""
+    caplog.set_level(logging.INFO)
+    untrained = [{**message, "weight": 0} for message in chat(1)["messages"]]
+    other_mask = {"messages": [*untrained, *chat(2)["messages"]]}
+    same_ids = {"messages": [*chat(1)["messages"], *chat(2)["messages"]]}
+    train = [chat(1), chat(2), {"prompt": "say 1", "completion": "1"}, chat(1), other_mask, same_ids]
+    held_out = write_rows([chat(3), chat(3), chat(1), chat(2), other_mask], "held.jsonl")
+    pipeline = DataPipeline(write_rows(train), tokenizer, validation_path=held_out)
+    assert (pipeline.summary.duplicate_rows, pipeline.summary.leaked_rows) == (3, 3)
+    assert (pipeline.summary.train_rows, pipeline.summary.validation_rows) == (6, 5)
+    assert "3 duplicates; 3 of the rows held out are trained too" in caplog.text
+    assert "3 of 5 held-out rows are trained too, first held.jsonl:3, which is the same as chats.jsonl:1" in caplog.text
+
+
+def test_distinct_rows_are_no_duplicates(
+    write_rows: WriteRows, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where all rows are distinct, the counts are zero and nothing is told of them."""
+    caplog.set_level(logging.INFO)
+    summary = DataPipeline(write_rows(CHATS), tokenizer).summary
+    assert (summary.duplicate_rows, summary.leaked_rows) == (0, 0)
+    assert "duplicates" not in caplog.text
+    assert "trained too" not in caplog.text
+
+
 def test_few_bad_rows_are_skipped(
     write_rows: WriteRows, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:

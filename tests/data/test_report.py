@@ -1,0 +1,241 @@
+"""The report: exact figures of a small file, and rows whose marks are the labels."""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from attrs import asdict, evolve
+from transformers import PreTrainedTokenizerFast
+
+from mlx_trainer.data import IGNORED, DataPipeline, DataReport, collate, render, report_on, show, warnings_of
+from mlx_trainer.data.example import Example, Span
+from mlx_trainer.data.rows import TokenRow
+from tests.data.conftest import WriteRows
+from tests.data.tokenizers_for_tests import mistral_tokenizer
+from tests.tiny import write_tokenizer
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+LONG_CHAT = {
+    "messages": [
+        SYSTEM,
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "The fox.\n  A quick one: žluťoučký ⛄"},
+        {"role": "user", "content": "Why </s>?"},
+        {"role": "assistant", "content": "No.", "weight": 0},
+        {"role": "user", "content": " [x] "},
+        {"role": "assistant", "content": "So."},
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """The tiny model's tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def dogs(count: int) -> dict[str, Any]:
+    """A chat of `count` + 12 tokens, the last 8 of them trained."""
+    return {"prompt": "dog " * count, "completion": f"the sum is {count % 10}"}
+
+
+@pytest.fixture
+def report(write_rows: WriteRows, tiny: PreTrainedTokenizerFast) -> DataReport:
+    """The report of chats of 13, 32, 48, 87 and 14 tokens, cut at 44, in batches of two in the file's order."""
+    path = write_rows([dogs(1), dogs(20), dogs(36), {"prompt": "dog " * 80, "completion": "!"}, dogs(2)])
+    pipeline = DataPipeline(path, tiny, max_seq_length=44, train_split=1.0, shuffle=False)
+    examples = [render(row, tiny) for row in pipeline.train_rows[:1]]
+    return report_on(pipeline, accumulate=3, epochs=4, max_steps=3, examples=examples)
+
+
+def test_figures_of_a_small_file(report: DataReport) -> None:
+    """Every figure as counted by hand, beside any other of the summary; `as_dict` has warnings and rows too."""
+    expected = asdict(report.summary) | {
+        "rows": 5,
+        "bad_rows": 0,
+        "truncated_rows": 1,
+        "dropped_rows": 1,
+        "train_rows": 4,
+        "validation_rows": 0,
+        "tokens": 13 + 32 + 44 + 14,
+        "trained_tokens": 8 + 8 + (8 - 4) + 8,
+        "length_p50": 32,
+        "length_p95": 87,
+        "length_max": 87,
+        "trained_share": 28 / 103,
+        "batches": 2,
+        "shapes": 2,
+        "padding_share": 1 - 103 / (2 * 32 + 2 * 44),
+        "positions_per_token": (2 * 32 + 2 * 44) / 103,
+        "steps_per_epoch": 1,
+        "total_steps": 3,
+    }
+    assert report.figures() == expected
+    assert {key: value for key, value in report.as_dict().items() if key not in ("warnings", "examples")} == expected
+
+
+def test_lines(report: DataReport) -> None:
+    """The same figures for people; the last three are what the summary has not."""
+    assert report.lines() == [
+        *str(report.summary).splitlines(),
+        "27.2% of the tokens are trained",
+        "batches per epoch: 2 of 2 shapes, each compiled once; 32.2% padding, 1.48 positions computed per token",
+        "optimizer steps: 1 per epoch, 3 in all",
+    ]
+    assert report.lines()[-3:] == report.epoch_lines()
+
+
+def test_as_dict_is_json(report: DataReport) -> None:
+    """Written as JSON and read again, it is the same; warnings and rows are part of it."""
+    assert json.loads(json.dumps(report.as_dict())) == report.as_dict()
+    assert report.as_dict()["warnings"] == warnings_of(report)
+    assert report.as_dict()["examples"] == [
+        {
+            "source": "chats.jsonl:1",
+            "spans": [
+                {"text": "<s>[INST] dog [/INST]", "trained": False},
+                {"text": " the sum is 1</s>", "trained": True},
+            ],
+        }
+    ]
+
+
+def test_figures_are_those_of_the_batches(write_rows: WriteRows, tiny: PreTrainedTokenizerFast) -> None:
+    """What is computed from lengths and plan equals what the batches of epoch 0 hold, at any batch size."""
+    path = write_rows([dogs(7 * n % 60 + 1) for n in range(23)])
+    for batch_size in (1, 3, 4, 30):
+        pipeline = DataPipeline(path, tiny, batch_size=batch_size, max_seq_length=60, train_split=0.9)
+        report, batches = report_on(pipeline, accumulate=2, epochs=2), list(pipeline.train_loader())
+        assert report.batches == len(batches)
+        assert report.shapes == len({batch.input_ids.shape for batch in batches})
+        assert report.epoch_positions == sum(batch.input_ids.size for batch in batches)
+        assert report.epoch_tokens == sum(batch.metadata.tokens for batch in batches)
+        assert (report.steps_per_epoch, report.total_steps) == (-(-len(batches) // 2), 2 * -(-len(batches) // 2))
+
+
+def test_a_row_is_shown_as_it_is_trained(write_rows: WriteRows, tiny: PreTrainedTokenizerFast) -> None:
+    """Each answer with its end is marked, no prompt and no answer of weight 0 is; blanks and letters stay."""
+    (row,) = DataPipeline(write_rows([LONG_CHAT]), tiny, train_split=1.0).train_rows
+    example = render(row, tiny)
+    assert example.source == "chats.jsonl:1"
+    assert example.plain() == (
+        "<s>[INST] Who?[/INST]⟦ The fox.\n  A quick one: žluťoučký ⛄</s>⟧[INST] Why </s>?[/INST] No.</s>"
+        "[INST] Be brief.\n\n [x] [/INST]⟦ So.</s>⟧"
+    )
+
+
+@pytest.mark.parametrize("kind", ["tiny", "SentencePiece", "SentencePiece that always adds a blank"])
+def test_trained_text_is_the_labels(kind: str, write_rows: WriteRows, tiny: PreTrainedTokenizerFast) -> None:
+    """With every family of tokenizers the spans joined are the decoded row, and the trained ones are the labels."""
+    tokenizer = tiny if kind == "tiny" else mistral_tokenizer(always_prepend=kind != "SentencePiece")
+    path = write_rows([LONG_CHAT, dogs(3), {"text": "plain text"}])
+    for row in DataPipeline(path, tokenizer, train_split=1.0).train_rows:
+        spans = render(row, tokenizer).spans
+        assert "".join(span.text for span in spans) == tokenizer.decode(row.ids)
+        assert all(a.trained != b.trained for a, b in pairwise(spans))
+        labels = collate([row], max_seq_length=2048).labels
+        assert "".join(span.text for span in spans if span.trained) == tokenizer.decode(labels[labels != IGNORED])
+
+
+def test_no_blank_is_lost_between_spans() -> None:
+    """A decoder that strips the first blank of what it decodes, as SentencePiece's does, strips it once a row."""
+
+    class Stripping:
+        def decode(self, token_ids: list[int], *, clean_up_tokenization_spaces: bool) -> str:
+            return "".join(" abcd"[id] for id in token_ids).removeprefix(" ")
+
+    ids, trained = np.array([0, 1, 0, 2, 0, 3], np.int32), np.array([0, 0, 1, 1, 0, 0], np.bool_)
+    row = TokenRow("x.jsonl:1", 0, ids=ids, trained=trained)
+    assert render(row, Stripping()).plain() == "a⟦ b⟧ c"
+
+
+def test_control_characters_are_shown_and_not_obeyed() -> None:
+    """A row cannot recolour or overwrite the terminal; line ends and tabs stay, and JSON has the text as it is."""
+    example = Example("x.jsonl:1", (Span("a\r\n\tb", False), Span("\x1b[2J\x9b [b]c", True)))
+    assert example.plain() == "a\\r\n\tb⟦\\x1b[2J\\x9b [b]c⟧"
+    assert example.coloured().plain == "a\\r\n\tb\\x1b[2J\\x9b [b]c"
+
+
+SUMMARY_WARNINGS = {
+    "bad_rows": "2 of 5 rows cannot be used; repair them",
+    "truncated_rows": "2 of 5 rows were cut at the maximum length; "
+    "raise model.max_seq_length (the longest row has 87 tokens) or shorten them",
+    "dropped_rows": "2 of 5 rows were dropped, as nothing was left to train; "
+    "raise model.max_seq_length (the longest row has 87 tokens) or shorten them",
+    "duplicate_rows": "2 of 5 rows repeat an earlier one and weigh as much again; drop them unless that is meant",
+    "leaked_rows": "2 of 3 rows held out are trained too, so that the held-out loss is too low; "
+    "keep each row on one side",
+}
+
+
+@pytest.fixture
+def clean(report: DataReport) -> DataReport:
+    """The report as if nothing were cut or dropped, each limit just not passed."""
+    summary = evolve(
+        report.summary, truncated_rows=0, dropped_rows=0, validation_rows=3, tokens=1000, trained_tokens=10
+    )
+    return evolve(report, summary=summary, shapes=16, epoch_tokens=75, epoch_positions=100)
+
+
+@pytest.mark.parametrize("name", SUMMARY_WARNINGS)
+def test_each_kind_of_row_is_warned_of(name: str, clean: DataReport) -> None:
+    """Bad, cut, dropped, repeated and leaked rows each have their sentence."""
+    assert warnings_of(clean) == []
+    assert warnings_of(evolve(clean, summary=evolve(clean.summary, **{name: 2}))) == [SUMMARY_WARNINGS[name]]
+
+
+def test_each_limit_is_warned_of(clean: DataReport) -> None:
+    """More than 16 shapes, more than 25 % padding and less than 1 % trained tokens each have their sentence."""
+    assert warnings_of(evolve(clean, shapes=17)) == [
+        "batches have 17 shapes, more than 16, and each is compiled once; a lower model.max_seq_length gives fewer"
+    ]
+    assert warnings_of(evolve(clean, epoch_tokens=74)) == [
+        "26.0% of the positions are padding, more than 25%; "
+        "batches are padded to their longest row and a multiple of 32, so a smaller training.batch_size "
+        "or rows of more even length give less"
+    ]
+    assert warnings_of(evolve(clean, summary=evolve(clean.summary, trained_tokens=9))) == [
+        "0.9% of the tokens are trained, less than 1%; shorten the prompts, or give longer answers"
+    ]
+
+
+def shown(report: DataReport, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `show` prints."""
+    show(report)
+    return capsys.readouterr().out
+
+
+def test_without_a_terminal_marks_are_characters(
+    report: DataReport, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines, then warnings, then the rows with trained text between markers; so too on a terminal with NO_COLOR."""
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    expected = "\n".join(
+        [
+            *report.lines(),
+            *(f"warning: {sentence}" for sentence in warnings_of(report)),
+            "\nchats.jsonl:1, trained between ⟦ and ⟧:",
+            "<s>[INST] dog [/INST]⟦ the sum is 1</s>⟧\n",
+        ]
+    )
+    assert shown(report, capsys) == expected
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert shown(report, capsys) == expected
+
+
+def test_on_a_terminal_trained_text_is_green(
+    report: DataReport, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else is coloured or added, however narrow the terminal is."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "10")
+    expected = "\nchats.jsonl:1, trained in green:\n<s>[INST] dog [/INST]\x1b[32m the sum is 1</s>\x1b[0m\n"
+    assert shown(report, capsys).endswith(expected)
