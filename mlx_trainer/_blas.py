@@ -32,7 +32,7 @@ GEMM_SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 
 VARIABLE = "MLX_TRAINER_BLAS"
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
-_SLOW = "the reference BLAS of the MLX wheel, about 50 times slower in matrix products"
+_SLOW = "the reference BLAS of the MLX wheel, tens of times slower in matrix products"
 
 
 def load(threads: int) -> str:
