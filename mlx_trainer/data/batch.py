@@ -6,22 +6,30 @@ import numpy as np
 from attrs import frozen
 
 from mlx_trainer.data.rows import TokenRow
+from mlx_trainer.data.shapes import Shape
 from mlx_trainer.data.tokenizer import IntArray
 
 IGNORED = -100
 """Label of a position that is not trained, as in Hugging Face's convention."""
 
-LENGTH_STEP = 32
-"""Batches are padded to a multiple of this: each distinct shape costs a trace and a compilation."""
-
 
 @frozen
 class BatchMetadata:
-    """Where the rows came from (`chats.jsonl:12`), and how many tokens and trained tokens they hold."""
+    """Where the rows came from (`chats.jsonl:12`), how many tokens and trained tokens they hold.
+
+    `positions` are the tokens that the model's layers compute, padding included.
+    """
 
     rows: tuple[str, ...]
     tokens: int
     trained_tokens: int
+    positions: int
+
+    @classmethod
+    def of(cls, rows: Sequence[TokenRow], positions: int) -> "BatchMetadata":
+        """The metadata of a batch of `rows`."""
+        tokens, trained = sum(map(len, rows)), sum(row.trained_tokens for row in rows)
+        return cls(tuple(row.source for row in rows), tokens, trained, positions)
 
 
 @frozen(eq=False)
@@ -29,7 +37,7 @@ class Batch:
     """Arrays of shape (rows, length), int32.
 
     `labels` stand where their ids stand, the model shifts them; no padding, no prompt and no first position has a
-    label other than `IGNORED`. `attention_mask` is 1 for a token, 0 for padding.
+    label other than `IGNORED`. `attention_mask` is 1 for a token, 0 for padding. The last rows may be padding alone.
     """
 
     input_ids: IntArray
@@ -38,28 +46,14 @@ class Batch:
     metadata: BatchMetadata
 
 
-def padded_length(length: int, max_seq_length: int) -> int:
-    """The length to which a batch is padded whose longest row has `length` tokens.
-
-    >>> padded_length(33, 2048), padded_length(64, 2048), padded_length(97, 100)
-    (64, 64, 100)
-    """
-    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, max_seq_length)
-
-
-def collate(rows: Sequence[TokenRow], *, max_seq_length: int, pad_id: int = 0) -> Batch:
-    """The batch of `rows`, none longer than `max_seq_length`."""
-    shape = len(rows), padded_length(max(map(len, rows)), max_seq_length)
-    input_ids = np.full(shape, pad_id, dtype=np.int32)
-    attention_mask = np.zeros(shape, dtype=np.int32)
-    labels = np.full(shape, IGNORED, dtype=np.int32)
+def collate(rows: Sequence[TokenRow], shape: Shape, *, pad_id: int = 0) -> Batch:
+    """The padded batch of `rows`, which `shape` must hold."""
+    size = shape.rows, shape.length
+    input_ids = np.full(size, pad_id, dtype=np.int32)
+    attention_mask = np.zeros(size, dtype=np.int32)
+    labels = np.full(size, IGNORED, dtype=np.int32)
     for i, row in enumerate(rows):
         input_ids[i, : len(row)] = row.ids
         attention_mask[i, : len(row)] = 1
         labels[i, : len(row)] = np.where(row.trained, row.ids, IGNORED)
-    metadata = BatchMetadata(
-        rows=tuple(row.source for row in rows),
-        tokens=sum(map(len, rows)),
-        trained_tokens=sum(row.trained_tokens for row in rows),
-    )
-    return Batch(input_ids, attention_mask, labels, metadata)
+    return Batch(input_ids, attention_mask, labels, BatchMetadata.of(rows, shape.rows * shape.length))

@@ -1,49 +1,45 @@
 """Rows that are there twice: on one side they count double, on both they make the validation loss too low."""
 
-import hashlib
 import logging
-from collections.abc import Iterable, Sequence
 
+import numpy as np
 from attrs import frozen
 
-from mlx_trainer.data.rows import TokenRow
+from mlx_trainer.data.rows import Rows
 
 logger = logging.getLogger("mlx_trainer.data")
 
 
 @frozen
-class Leak:
-    """Sources of a held-out row and of the first training row that is the same."""
+class Leaks:
+    """How many held-out rows are trained too, with the sources of the first one and of its twin."""
 
-    held_out: str
-    trained: str
-
-
-def fingerprint(row: TokenRow) -> bytes:
-    """16 bytes that are equal for rows of the same ids and the same trained mask, as they are after the cut."""
-    digest = hashlib.blake2b(row.ids.tobytes(), digest_size=16)
-    digest.update(row.trained.tobytes())
-    return digest.digest()
+    count: int
+    held_out: str = ""
+    trained: str = ""
 
 
-def count_repeats(rows: Sequence[TokenRow]) -> int:
-    """How many of `rows` are the same as an earlier one of them."""
-    return len(rows) - len({fingerprint(row) for row in rows})
+def count_repeats(rows: Rows) -> int:
+    """How many of `rows` have the ids and mask of an earlier one of them."""
+    return len(rows) - len(np.unique(rows.column("digest")))
 
 
-def find_leaks(train: Iterable[TokenRow], held_out: Iterable[TokenRow]) -> tuple[Leak, ...]:
-    """The rows of `held_out` that are in `train` too."""
-    trained: dict[bytes, str] = {}
-    for row in train:
-        trained.setdefault(fingerprint(row), row.source)
-    return tuple(Leak(row.source, trained[key]) for row in held_out if (key := fingerprint(row)) in trained)
+def find_leaks(train: Rows, held_out: Rows) -> Leaks:
+    """The rows of `held_out` that have the ids and mask of one of `train`."""
+    trained, digests = train.column("digest"), held_out.column("digest")
+    leaked = np.flatnonzero(np.isin(digests, trained))
+    if len(leaked) == 0:
+        return Leaks(0)
+    first = int(leaked[0])
+    twin = int(np.flatnonzero(trained == digests[first])[0])
+    return Leaks(len(leaked), held_out[first].source, train[twin].source)
 
 
-def tell_leaks(leaks: Sequence[Leak], held_out: int) -> None:
+def tell_leaks(leaks: Leaks, held_out: int) -> None:
     """Warn of `leaks`, if there are any, of `held_out` rows, with the first of them."""
-    if leaks:
+    if leaks.count:
         logger.warning(
             "%d of %d held-out rows are trained too, first %s, which is the same as %s: the validation loss will be "
             "too low. Take such rows out of one side",
-            *(len(leaks), held_out, leaks[0].held_out, leaks[0].trained),
+            *(leaks.count, held_out, leaks.held_out, leaks.trained),
         )

@@ -4,67 +4,95 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import cached_property
 from itertools import islice
+from typing import Literal
+
+import numpy as np
+from attrs import evolve
 
 from mlx_trainer.data.batch import Batch, collate
 from mlx_trainer.data.conversation import DataError
-from mlx_trainer.data.plan import Indices, plan
-from mlx_trainer.data.rows import TokenRow
+from mlx_trainer.data.mixing import Mixture
+from mlx_trainer.data.classes import whole_steps
+from mlx_trainer.data.plan import EpochPlan, Indices, PlannedBatch, plan, starts_of
+from mlx_trainer.data.rows import Rows
+from mlx_trainer.data.shapes import Budget, Shape
+from mlx_trainer.data.unpadded import UnpaddedBatch, collate_unpadded
 
 AHEAD_PER_WORKER = 2
+Layout = Literal["padded", "unpadded"]
 
 
 class BatchLoader:
     """Iterates the current epoch from the current position; when exhausted it stands at the start of the next.
 
     Args:
-        rows: the rows, none longer than `max_seq_length`.
+        rows: the rows.
+        budget: how large a batch is, and how many shapes there may be.
+        weights: how many times each row is used in an epoch, for each of the stores that `rows` are from.
         shuffle: a new order every epoch; else the order of `rows`.
+        layout: "padded" batches, or "unpadded" ones.
         workers: threads that prepare batches ahead, 0 for none. Threads, because a forked process cannot use MLX.
         resumable: False makes every iteration start at the first batch of epoch 0, as validation needs it.
+        ranks: so many processes train together, and this one is number `rank` of them.
     """
 
     def __init__(
         self,
-        rows: Sequence[TokenRow],
+        rows: Rows,
+        budget: Budget,
         *,
-        batch_size: int,
-        max_seq_length: int,
         shuffle: bool,
         seed: int,
+        weights: Sequence[float] = (),
+        layout: Layout = "padded",
         pad_id: int = 0,
         workers: int = 0,
         resumable: bool = True,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.rows = rows
-        self.batch_size = batch_size
-        self.max_seq_length = max_seq_length
+        # A class of unpadded batches has up to two shapes: one for the usual number of predictions, one for any.
+        self.budget = budget if layout == "padded" else evolve(budget, max_shapes=max(budget.max_shapes // 2, 1))
         self.shuffle = shuffle
         self.seed = seed
+        self.layout = layout
         self.pad_id = pad_id
         self.workers = workers
         self.resumable = resumable
-        self._lengths = [len(row) for row in rows]
+        self.rank, self.ranks = rank, ranks
+        self._mixture = Mixture.of(rows.lengths, rows.store_numbers, weights or [1.0] * len(rows.stores))
+        self._planned: tuple[int, EpochPlan] | None = None
         self._epoch = 0
         self._position = 0
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
-        return -(-len(self.rows) // self.batch_size)
+        """Batches in a whole epoch, the same in all epochs."""
+        return len(self.plan(0) if self._planned is None else self._planned[1]) // self.ranks
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | UnpaddedBatch]:
         if not self.resumable:
             self._epoch = self._position = 0
-        todo = self.plan(self._epoch)[self._position :]
-        with closing(self._batches(todo)) as batches:
+        todo = range(self._position, len(self))
+        with closing(self._batches(self._epoch, todo)) as batches:
             for batch in batches:
                 self._position += 1
                 yield batch
         self._epoch, self._position = self._epoch + 1, 0
 
-    def plan(self, epoch: int) -> list[Indices]:
-        """The batches of `epoch` as arrays of indices into `rows`."""
-        return plan(self.seed, epoch, self._lengths, self.batch_size, self.shuffle)
+    def plan(self, epoch: int) -> EpochPlan:
+        """The batches of `epoch`, of all ranks, as arrays of places; `row_numbers` tells which rows stand there."""
+        if self._planned is None or self._planned[0] != epoch:
+            lengths = self._mixture.lengths
+            planned = plan(self.seed, epoch, lengths, self.budget, self.ranks, shuffle=self.shuffle)
+            self._planned = epoch, planned
+        return self._planned[1]
+
+    def row_numbers(self, epoch: int, places: Indices) -> Indices:
+        """The numbers of the rows in `places` of a plan."""
+        return self._mixture.rows(self.seed, epoch, places)
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and how many of its batches were handed over; batches prepared ahead do not count.
@@ -83,24 +111,38 @@ class BatchLoader:
             )
         self._epoch, self._position = epoch, position
 
-    def batch(self, indices: Indices) -> Batch:
-        """The batch of the rows at `indices`."""
-        rows = [self.rows[i] for i in indices]
-        return collate(rows, max_seq_length=self.max_seq_length, pad_id=self.pad_id)
+    def batch(self, epoch: int, planned: PlannedBatch) -> Batch | UnpaddedBatch:
+        """A planned batch with its rows."""
+        rows = [self.rows[i] for i in self.row_numbers(epoch, planned.rows).tolist()]
+        if self.layout == "padded":
+            return collate(rows, planned.shape, pad_id=self.pad_id)
+        return collate_unpadded(rows, planned.shape, self.predictions[planned.shape], pad_id=self.pad_id)
 
-    def _batches(self, todo: Sequence[Indices]) -> Generator[Batch, None, None]:
-        return self._prepared_ahead(todo) if self.workers else (self.batch(indices) for indices in todo)
+    @cached_property
+    def predictions(self) -> Mapping[Shape, int]:
+        """How many predictions the unpadded batches of each shape have room for: the most of any batch of epoch 0."""
+        planned = self.plan(0)
+        trained = self.rows.column("trained")[self.row_numbers(0, planned.order)]
+        sums = np.diff(starts_of(trained)[planned.starts])
+        most = {shape: int(sums[planned.classes == k].max(initial=1)) for k, shape in enumerate(planned.shapes)}
+        return {shape: whole_steps(count, shape) for shape, count in most.items()}
 
-    def _prepared_ahead(self, todo: Sequence[Indices]) -> Generator[Batch, None, None]:
+    def _batches(self, epoch: int, todo: range) -> Generator[Batch | UnpaddedBatch, None, None]:
+        planned = self.plan(epoch)
+        mine = (planned[self.ranks * i + self.rank] for i in todo)
+        return self._prepared_ahead(epoch, mine) if self.workers else (self.batch(epoch, one) for one in mine)
+
+    def _prepared_ahead(
+        self, epoch: int, todo: Iterator[PlannedBatch]
+    ) -> Generator[Batch | UnpaddedBatch, None, None]:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="mlx-trainer-data")
-        waiting = iter(todo)
         try:
-            ahead: deque[Future[Batch]] = deque(
-                pool.submit(self.batch, indices) for indices in islice(waiting, AHEAD_PER_WORKER * self.workers)
+            ahead: deque[Future[Batch | UnpaddedBatch]] = deque(
+                pool.submit(self.batch, epoch, one) for one in islice(todo, AHEAD_PER_WORKER * self.workers)
             )
             while ahead:
                 batch = ahead.popleft().result()
-                ahead.extend(pool.submit(self.batch, indices) for indices in islice(waiting, 1))
+                ahead.extend(pool.submit(self.batch, epoch, one) for one in islice(todo, 1))
                 yield batch
         finally:
             pool.shutdown(cancel_futures=True)

@@ -1,37 +1,62 @@
-"""From JSONL files to the two loaders of a run."""
+"""From rows to the two loaders of a run."""
 
 import logging
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from mlx_trainer import runtime
+from mlx_trainer.data.building import open_store
 from mlx_trainer.data.conversation import DataError
 from mlx_trainer.data.duplicates import find_leaks, tell_leaks
 from mlx_trainer.data.encoding import CompletionStyle, SampleEncoder
-from mlx_trainer.data.loader import BatchLoader
+from mlx_trainer.data.loader import BatchLoader, Layout
+from mlx_trainer.data.mapping import FieldMapping
 from mlx_trainer.data.plan import split
-from mlx_trainer.data.rows import LoadedFile, TokenRow, check_vocabulary, load_files
+from mlx_trainer.data.recipe import Recipe
+from mlx_trainer.data.refusals import MAX_BAD_SHARE, check_vocabulary, refuse_unusable, tell_notes
+from mlx_trainer.data.rows import Rows
+from mlx_trainer.data.shapes import Budget
 from mlx_trainer.data.sources import Paths, find_sources
 from mlx_trainer.data.summary import DataSummary, summarize
 from mlx_trainer.data.tokenizer import ChatTokenizer
+from mlx_trainer.data.truncation import TRUNCATIONS, Truncation
 
 logger = logging.getLogger("mlx_trainer.data")
 
 
 class DataPipeline:
-    """Reads, checks, encodes and splits the rows of JSONL files; every error of the data shows here, before training.
+    """Reads, checks, encodes and splits rows; every error of the data shows here, before training.
+
+    The tokens of each source are kept in a store on disk, so that a second start need not encode them again, and
+    memory does not grow with them.
 
     Args:
-        path: JSONL of any format, mixed as you like, plain, `.gz` or `.zst`: a file, a list of files that are read
-            one behind the other, or a directory with `train.jsonl` and, to be held out, `valid.jsonl`.
+        path: JSONL of any format, mixed as you like, plain, `.gz` or `.zst`: a file, a list or a pattern of files, a
+            mapping of files to weights (how many times each of its rows is used in an epoch), a directory with
+            `train.jsonl` and, to be held out, `valid.jsonl`; or a Hugging Face dataset, or its name, `hf:owner/name`.
         tokenizer: the model's transformers tokenizer.
-        max_seq_length: in tokens; longer rows lose their tail.
+        batch_size: rows of a batch.
+        batch_tokens: instead, as many rows as fit into so many tokens, padding included.
+        max_shapes: batches have at most so many distinct shapes, as each costs a compilation.
+        max_seq_length: in tokens.
+        truncation: what becomes of longer rows. "truncate" keeps whole turns where it can, else cuts the tail;
+            "split" makes several rows of a text; "drop" leaves them out; "error" raises.
         train_split: share of the rows that is trained, the others are held out; 1.0 holds out none.
         shuffle: a new order of the training rows every epoch, from `seed` and the epoch alone.
         num_workers: threads that prepare batches ahead.
-        validation_path: a file or files to hold out instead; then `train_split` has no effect.
+        validation_path: rows to hold out instead; then `train_split` has no effect.
         completion_style: "chat" makes a user message and its answer of prompt and completion; "raw" joins them.
+        fields: what the rows call the fields of their format, such as `{"prompt": "question"}`.
+        roles: what their roles mean, such as `{"bot": "assistant"}`.
+        max_bad_share: more bad rows than this share of a source raise.
         vocabulary_size: of the model; ids beyond it are refused.
+        layout: "padded" batches, or "unpadded" ones for models that can use them.
+        cache_dir: where token stores are kept, by default the user's cache folder.
 
-    Raises DataError for a file or a setting that cannot be used.
+    Raises DataError for a source or a setting that cannot be used.
     """
 
     def __init__(
@@ -40,45 +65,76 @@ class DataPipeline:
         tokenizer: ChatTokenizer,
         *,
         batch_size: int = 2,
+        batch_tokens: int | None = None,
+        max_shapes: int = 16,
         max_seq_length: int = 2048,
+        truncation: Truncation = "truncate",
         train_split: float = 0.9,
         shuffle: bool = True,
         seed: int = 42,
         num_workers: int = 0,
         validation_path: Paths | None = None,
         completion_style: CompletionStyle = "chat",
+        fields: Mapping[str, str] | None = None,
+        roles: Mapping[str, str] | None = None,
+        max_bad_share: float = MAX_BAD_SHARE,
         vocabulary_size: int | None = None,
+        layout: Layout = "padded",
+        cache_dir: str | Path | None = None,
     ) -> None:
-        check_settings(batch_size, max_seq_length, train_split, seed, num_workers, completion_style)
-        self.batch_size = batch_size
+        check_settings(
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            max_shapes=max_shapes,
+            max_seq_length=max_seq_length,
+            truncation=truncation,
+            train_split=train_split,
+            seed=seed,
+            num_workers=num_workers,
+            completion_style=completion_style,
+            max_bad_share=max_bad_share,
+            layout=layout,
+        )
+        size = {"rows": batch_size} if batch_tokens is None else {"tokens": batch_tokens}
+        self.budget = Budget(**size, max_shapes=max_shapes)
         self.max_seq_length = max_seq_length
         self.shuffle = shuffle
         self.seed = seed
         self.num_workers = num_workers
+        self.layout: Layout = layout
         self._pad_id = tokenizer.pad_token_id or 0
         encoder = SampleEncoder.of(tokenizer, completion_style)
+        recipe = Recipe(tokenizer, encoder, FieldMapping.of(fields, roles), max_seq_length, truncation)
         sources = find_sources(path, validation_path)
-        sides = [side for side in (sources.train, sources.validation) if side]
-        files = [load_files(side, encoder, max_seq_length) for side in sides]
-        if vocabulary_size is not None:
-            check_vocabulary(chain.from_iterable(file.rows for file in files), vocabulary_size, encoder)
-        self.train_rows, self.validation_rows = divide(files, seed, train_split)
+        cache = Path(cache_dir).expanduser() if cache_dir is not None else runtime.cache_directory()
+        stores = [open_store(source, recipe, cache) for source in (*sources.train, *sources.validation)]
+        for store in stores:
+            refuse_unusable(store, recipe, max_bad_share)
+            tell_notes(store, recipe)
+            if vocabulary_size is not None:
+                check_vocabulary(store, vocabulary_size, encoder)
+        self.weights = [source.weight for source in sources.train]
+        train, held_out = stores[: len(sources.train)], stores[len(sources.train) :]
+        self.train_rows, self.validation_rows = divide(Rows.of(train), Rows.of(held_out), seed, train_split)
         leaks = find_leaks(self.train_rows, self.validation_rows)
-        self.summary: DataSummary = summarize(files, self.train_rows, self.validation_rows, len(leaks))
+        self.summary: DataSummary = summarize(stores, self.train_rows, self.validation_rows, leaks.count)
         for line in str(self.summary).splitlines():
             logger.info("%s", line)
         tell_leaks(leaks, len(self.validation_rows))
 
-    def train_loader(self) -> BatchLoader:
-        """A new loader of the training rows, at the start of epoch 0."""
+    def train_loader(self, *, rank: int = 0, ranks: int = 1) -> BatchLoader:
+        """A new loader of the training rows, at the start of epoch 0; of `ranks` processes this is number `rank`."""
         return BatchLoader(
             self.train_rows,
-            batch_size=self.batch_size,
-            max_seq_length=self.max_seq_length,
+            self.budget,
             shuffle=self.shuffle,
             seed=self.seed,
+            weights=self.weights,
+            layout=self.layout,
             pad_id=self._pad_id,
             workers=self.num_workers,
+            rank=rank,
+            ranks=ranks,
         )
 
     def validation_loader(self) -> BatchLoader | None:
@@ -86,43 +142,60 @@ class DataPipeline:
         if not self.validation_rows:
             return None
         return BatchLoader(
-            sorted(self.validation_rows, key=len),
-            batch_size=self.batch_size,
-            max_seq_length=self.max_seq_length,
+            self.validation_rows.take(np.argsort(self.validation_rows.lengths, kind="stable")),
+            self.budget,
             shuffle=False,
             seed=self.seed,
+            layout=self.layout,
             pad_id=self._pad_id,
             workers=self.num_workers,
             resumable=False,
         )
 
 
-def divide(files: list[LoadedFile], seed: int, train_split: float) -> tuple[tuple[TokenRow, ...], tuple[TokenRow, ...]]:
-    """Training and validation rows: those of two loads, or a seeded split of one."""
-    first, *others = files
-    if others:
-        return first.rows, others[0].rows
-    train, validation = split(seed, first.total, [row.number for row in first.rows], train_split)
-    return tuple(first.rows[i] for i in train), tuple(first.rows[i] for i in validation)
+def divide(train: Rows, held_out: Rows, seed: int, train_split: float) -> tuple[Rows, Rows]:
+    """Training and validation rows: both as they are, or a seeded split of the former where the latter are none.
+
+    Parts of one row stay together.
+    """
+    if held_out.stores:
+        return train, held_out
+    numbers = train.numbers
+    total = sum(store.facts.total for store in train.stores)
+    kept = np.unique(numbers)
+    held = np.zeros(total, np.bool_)
+    held[kept[split(seed, total, kept, train_split)[1]]] = True
+    return train.take(~held[numbers]), train.take(held[numbers])
 
 
-def check_settings(
-    batch_size: int,
-    max_seq_length: int,
-    train_split: float,
-    seed: int,
-    num_workers: int,
-    completion_style: str,
-) -> None:
+def check_settings(**settings: object) -> None:
     """Raise DataError naming the first setting outside its range."""
-    ranges = (
-        ("batch_size", batch_size, batch_size >= 1, "1 or more"),
-        ("max_seq_length", max_seq_length, max_seq_length >= 2, "2 or more"),
-        ("train_split", train_split, 0 < train_split <= 1, "above 0 and at most 1.0, where 1.0 holds out nothing"),
-        ("seed", seed, seed >= 0, "0 or more"),
-        ("num_workers", num_workers, num_workers >= 0, "0 or more threads"),
-        ("completion_style", completion_style, completion_style in ("chat", "raw"), '"chat" or "raw"'),
-    )
-    for name, value, valid, right in ranges:
-        if not valid:
+    for name, value in settings.items():
+        test, right = RANGES[name]
+        if not test(value):
             raise DataError(f"{name} is {value!r}. It must be {right}.")
+
+
+def whole_from(least: int) -> tuple[Callable[[Any], bool], str]:
+    """A whole number that is not less."""
+    return (lambda value: isinstance(value, int) and value >= least), f"{least} or more"
+
+
+def one_of(values: Sequence[str]) -> tuple[Callable[[Any], bool], str]:
+    """One of some words."""
+    return (lambda value: value in values), f"{', '.join(map(repr, values[:-1]))} or {values[-1]!r}"
+
+
+RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "batch_size": whole_from(1),
+    "batch_tokens": ((lambda value: value is None or value >= 1), "None, or 1 or more"),
+    "max_shapes": whole_from(1),
+    "max_seq_length": whole_from(2),
+    "truncation": one_of(TRUNCATIONS),
+    "train_split": ((lambda value: 0 < value <= 1), "above 0 and at most 1.0, where 1.0 holds out nothing"),
+    "seed": whole_from(0),
+    "num_workers": whole_from(0),
+    "completion_style": one_of(("chat", "raw")),
+    "max_bad_share": ((lambda value: 0 <= value <= 1), "between 0 and 1"),
+    "layout": one_of(("padded", "unpadded")),
+}

@@ -1,19 +1,22 @@
 """What was read: counts that are logged before training starts."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from attrs import frozen
 
 from mlx_trainer.data.duplicates import count_repeats
-from mlx_trainer.data.rows import LoadedFile, TokenRow
+from mlx_trainer.data.rows import Rows
+from mlx_trainer.data.store import TokenStore
 
 
 @frozen
 class DataSummary:
     """Counts over all files, in rows and tokens.
 
-    `truncated_rows` were cut and are still trained; `dropped_rows` had no trained token left. `duplicate_rows` have
+    `truncated_rows` were cut and are still trained, `split_rows` are several rows now, `dropped_rows` had no trained
+    token left or were not to be cut. `train_rows` and `validation_rows` count what is in use. `duplicate_rows` have
     the ids and mask of an earlier row on their side, `leaked_rows` are held out and trained too. `tokens` and
     `trained_tokens` are those of one epoch over all rows in use, validation included. Lengths are in tokens before
     cutting, so that they tell whether max_seq_length fits.
@@ -22,6 +25,7 @@ class DataSummary:
     rows: int
     bad_rows: int
     truncated_rows: int
+    split_rows: int
     dropped_rows: int
     train_rows: int
     validation_rows: int
@@ -35,6 +39,7 @@ class DataSummary:
 
     def __str__(self) -> str:
         unused = f"{self.bad_rows:,} bad, {self.dropped_rows:,} dropped, {self.truncated_rows:,} truncated"
+        unused += f", {self.split_rows:,} split" if self.split_rows else ""
         twice = f"{self.duplicate_rows:,} duplicates; {self.leaked_rows:,} of the rows held out are trained too\n"
         return (
             f"{self.rows:,} rows ({unused}): {self.train_rows:,} to train on, {self.validation_rows:,} held out\n"
@@ -44,25 +49,38 @@ class DataSummary:
         )
 
 
-def summarize(
-    files: Sequence[LoadedFile], train: Sequence[TokenRow], validation: Sequence[TokenRow], leaked_rows: int
-) -> DataSummary:
-    """The summary of `files`, whose rows were put into `train` and `validation`, `leaked_rows` of them into both."""
-    p50, p95, longest = np.percentile(
-        [length for file in files for length in file.lengths], [50, 95, 100], method="inverted_cdf"
-    )
+def summarize(stores: Sequence[TokenStore], train: Rows, validation: Rows, leaked_rows: int) -> DataSummary:
+    """The summary of `stores`, whose rows were put into `train` and `validation`, `leaked_rows` of them into both."""
+    lengths: Counter[int] = Counter()
+    counts: Counter[str] = Counter()
+    for store in stores:
+        lengths.update(store.facts.lengths)
+        counts.update(store.facts.counts)
+    p50, p95, longest = percentiles(lengths, 50, 95, 100)
     return DataSummary(
-        rows=sum(file.total for file in files),
-        bad_rows=sum(file.bad for file in files),
-        truncated_rows=sum(file.truncated for file in files),
-        dropped_rows=sum(file.dropped for file in files),
+        rows=sum(store.facts.total for store in stores),
+        bad_rows=counts["bad"],
+        truncated_rows=counts["truncated"],
+        split_rows=counts["split"],
+        dropped_rows=counts["dropped"],
         train_rows=len(train),
         validation_rows=len(validation),
         duplicate_rows=count_repeats(train) + count_repeats(validation),
         leaked_rows=leaked_rows,
-        tokens=sum(len(row) for row in (*train, *validation)),
-        trained_tokens=sum(row.trained_tokens for row in (*train, *validation)),
-        length_p50=int(p50),
-        length_p95=int(p95),
-        length_max=int(longest),
+        tokens=int(train.lengths.sum(dtype=np.int64) + validation.lengths.sum(dtype=np.int64)),
+        trained_tokens=sum(int(rows.column("trained").sum(dtype=np.int64)) for rows in (train, validation)),
+        length_p50=p50,
+        length_p95=p95,
+        length_max=longest,
     )
+
+
+def percentiles(counts: Mapping[int, int], *wanted: float) -> list[int]:
+    """The smallest values up to which the `wanted` percentages of all lie; `counts` says how often each value is there.
+
+    >>> percentiles({3: 1, 5: 2, 9: 1}, 25, 50, 100)
+    [3, 5, 9]
+    """
+    values = np.array(sorted(counts))
+    up_to = np.cumsum([counts[value] for value in values.tolist()])
+    return [int(values[np.searchsorted(up_to, up_to[-1] * percent / 100)]) for percent in wanted]
