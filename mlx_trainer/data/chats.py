@@ -1,62 +1,57 @@
-"""Rows that hold a conversation: `messages`, ShareGPT and Alpaca."""
+"""Rows that hold a conversation: `messages`, prompt and completion as messages, ShareGPT and Alpaca."""
 
-from mlx_trainer.data.conversation import (
-    MESSAGES,
-    SHAREGPT,
-    Conversation,
-    Layout,
-    Message,
-    RowError,
-    check_conversation,
-)
+from mlx_trainer.data.conversation import Conversation, Message, PromptCompletion, RowError
 from mlx_trainer.data.fields import JsonObject, checked_text, filled, json_type, optional_text, text_at, trained_text
-
-
-def parse_message(value: object, where: str, layout: Layout) -> Message:
-    """One message of a chat; raises RowError naming `where` and the key."""
-    if not isinstance(value, dict):
-        wanted = f"an object with {layout.role} and {layout.content}"
-        raise RowError(f"{where}: expected {wanted}, got {json_type(value)}")
-    if value.get("tool_calls"):
-        raise RowError(f"{where}.tool_calls: calls of tools cannot be encoded; leave such rows out")
-    name = text_at(value, layout.role, f"{where}.")
-    if name not in layout.names:
-        raise RowError(f"{where}.{layout.role}: {name!r} is not one of {', '.join(layout.names)}")
-    role = layout.names[name]
-    weight = value.get("weight", 1 if role == "assistant" else 0)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise RowError(f"{where}.weight: {weight!r} is neither 0 nor 1")
-    if weight == 1 and role != "assistant":
-        raise RowError(
-            f"{where}.weight: 1 on a {name} message, but only {layout.name('assistant')} messages are trained"
-        )
-    return Message(role, text_at(value, layout.content, f"{where}."), int(weight))
-
-
-def parse_chat(row: JsonObject, layout: Layout) -> Conversation:
-    """The list of messages that `layout` describes."""
-    if row.get("tools"):
-        raise RowError("tools: definitions of tools cannot be encoded; leave such rows out")
-    key = layout.messages
-    messages = row[key]
-    if not isinstance(messages, list):
-        raise RowError(f"{key}: expected a list, got {json_type(messages)}")
-    parsed = tuple(parse_message(value, f"{key}[{i}]", layout) for i, value in enumerate(messages))
-    return check_conversation(parsed, layout)
+from mlx_trainer.data.layout import MESSAGES, SHAREGPT
+from mlx_trainer.data.messages import conversation_of, parse_list
+from mlx_trainer.data.tools import parse_tools
 
 
 def parse_messages(row: JsonObject) -> Conversation:
-    """`{"messages": [{"role": …, "content": …, "weight": 0 or 1}, …]}`."""
-    return parse_chat(row, MESSAGES)
+    """`{"messages": [{"role": …, "content": …, "weight": 0 or 1}, …], "tools": […]}`; the tools may be absent."""
+    messages = parse_list(row["messages"], "messages", MESSAGES)
+    return conversation_of(messages, lambda number: f"messages[{number}]", parse_tools(row), MESSAGES)
 
 
 def parse_sharegpt(row: JsonObject) -> Conversation:
-    """`{"conversations": [{"from": "human" or "gpt", "value": …}, …], "system": …}`; the system text may be absent."""
-    conversation = parse_chat(row, SHAREGPT)
-    system = optional_text(row, "system")
-    if system and conversation.system is not None:
+    """`{"conversations": [{"from": "human" or "gpt", "value": …}, …], "system": …, "tools": …}`.
+
+    Calls of tools are `function_call` messages whose value is the JSON text of one call or a list, results are
+    `observation` messages, and `tools` is a list or its JSON text. `system` and `tools` may be absent.
+    """
+    messages = parse_list(row["conversations"], "conversations", SHAREGPT)
+    system = system_message(optional_text(row, "system"))
+    if system and messages and messages[0].role == "system":
         raise RowError("system: given beside the system message in conversations[0]; leave one of them out")
-    return Conversation((*system_message(system), *conversation.messages))
+    return conversation_of(
+        (*system, *messages), lambda number: f"conversations[{number - len(system)}]", parse_tools(row), SHAREGPT
+    )
+
+
+def parse_prompt_completion(row: JsonObject) -> PromptCompletion | Conversation:
+    """`{"prompt": …, "completion": …}`, both plain text or both lists of messages, then with `tools` if there are any.
+
+    Of lists, the answers of the completion are trained and those of the prompt are not.
+    """
+    prompt, completion = row["prompt"], row["completion"]
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return PromptCompletion(text_at(row, "prompt"), trained_text(row, "completion"))
+    asked = parse_list(prompt, "prompt", MESSAGES, trained=False)
+    answered = parse_list(completion, "completion", MESSAGES)
+    for key, messages in (("prompt", asked), ("completion", answered)):
+        if not messages:
+            raise RowError(
+                f"{key}: an empty list; the prompt ends with a question, the completion begins with its answer"
+            )
+    if answered[0].role != "assistant":
+        raise RowError(
+            f"completion[0].role: {answered[0].role!r} where 'assistant' is due; the others belong to prompt"
+        )
+
+    def place(number: int) -> str:
+        return f"prompt[{number}]" if number < len(asked) else f"completion[{number - len(asked)}]"
+
+    return conversation_of((*asked, *answered), place, parse_tools(row), MESSAGES, "completion")
 
 
 def parse_alpaca(row: JsonObject) -> Conversation:

@@ -1,12 +1,11 @@
-"""What a row of a file holds, before any token: a conversation, a prompt with its completion, or a text."""
+"""What a row of a file holds, before any token: a conversation, a pair of texts, a text, or a preference."""
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, Self
 
-from attrs import frozen
+from attrs import evolve, frozen
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 class DataError(ValueError):
@@ -18,19 +17,49 @@ class RowError(ValueError):
 
 
 @frozen
+class Tool:
+    """A function that may be called; `definition` is the JSON text of `{"type": "function", "function": {…}}`."""
+
+    name: str
+    definition: str
+
+
+@frozen
+class ToolCall:
+    """A call of a function: `arguments` are the text of a JSON object, `id` is what its result refers to.
+
+    The id is None only in a conversation's last message, where no result follows, if the row gave none.
+    """
+
+    name: str
+    arguments: str = "{}"
+    id: str | None = None
+
+
+@frozen
 class Message:
-    """One turn of a conversation; an assistant turn of weight 0 is read but not trained."""
+    """One message; an assistant's of weight 0 is read but not trained, other roles are never trained.
+
+    `tool_calls` belong to an assistant's message, `tool_call_id` and the function's `name` to that of a tool.
+    """
 
     role: Role
     content: str
     weight: int = 1
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 @frozen
 class Conversation:
-    """An optional system message, then user and assistant messages in turn, the assistant's last."""
+    """An optional system message, then user and assistant in turn, the assistant last; `tools` are what it may call.
+
+    Between an assistant's message that calls tools and the next stand the results, one tool message for each call.
+    """
 
     messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
 
     @property
     def system(self) -> str | None:
@@ -38,10 +67,21 @@ class Conversation:
         return self.messages[0].content if self.messages[0].role == "system" else None
 
     @property
-    def turns(self) -> tuple[tuple[Message, Message], ...]:
-        """Pairs of (user, assistant) messages."""
-        spoken = self.messages[self.system is not None :]
-        return tuple(zip(spoken[::2], spoken[1::2], strict=True))
+    def answers(self) -> tuple[Message, ...]:
+        """The assistant's messages, calls of tools included."""
+        return tuple(message for message in self.messages if message.role == "assistant")
+
+    def shortened(self) -> Iterator[Self]:
+        """The conversation without its last turn, without its last two and so on, while something is still trained.
+
+        Each ends with an answer in words, so that no call of a tool is cut off from its result.
+        """
+        for end in range(len(self.messages) - 1, 1, -1):
+            rest = self.messages[:end]
+            if rest[-1].role == "assistant" and not rest[-1].tool_calls:
+                if not any(message.weight for message in rest if message.role == "assistant"):
+                    return
+                yield evolve(self, messages=rest)
 
 
 @frozen
@@ -53,7 +93,7 @@ class PromptCompletion:
 
     def as_conversation(self) -> Conversation:
         """The same as one user message and its answer."""
-        return Conversation((Message("user", self.prompt), Message("assistant", self.completion)))
+        return Conversation((Message("user", self.prompt, 0), Message("assistant", self.completion)))
 
 
 @frozen
@@ -63,46 +103,19 @@ class Text:
     text: str
 
 
-Sample = Conversation | PromptCompletion | Text
-
-
 @frozen
-class Layout:
-    """What a chat format calls its list of messages, the keys of a message, and each role; errors speak its names."""
+class Preference:
+    """A prompt with a better and a worse continuation, each of which ends with the assistant."""
 
-    messages: str
-    role: str
-    content: str
-    names: Mapping[str, Role]
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
 
-    def name(self, role: Role) -> str:
-        """The format's own name of `role`."""
-        return next(name for name, meant in self.names.items() if meant == role)
-
-
-MESSAGES = Layout("messages", "role", "content", {role: role for role in ROLES})
-SHAREGPT = Layout("conversations", "from", "value", {"system": "system", "human": "user", "gpt": "assistant"})
+    def conversations(self) -> tuple[Conversation, Conversation]:
+        """The chosen and the rejected conversation; answers in the prompt have weight 0, the others are trained."""
+        prompt = tuple(evolve(message, weight=0) for message in self.prompt)
+        return Conversation(prompt + self.chosen, self.tools), Conversation(prompt + self.rejected, self.tools)
 
 
-def check_conversation(messages: tuple[Message, ...], layout: Layout = MESSAGES) -> Conversation:
-    """`messages` as a Conversation; raises RowError where roles are out of order or nothing is trained."""
-    first = 1 if messages and messages[0].role == "system" else 0
-    user, assistant = layout.name("user"), layout.name("assistant")
-    for number, message in enumerate(messages[first:]):
-        where = f"{layout.messages}[{first + number}]"
-        expected = ROLES[1 + number % 2]
-        if message.role != expected:
-            raise RowError(
-                f"{where}.{layout.role}: {layout.name(message.role)!r} where {layout.name(expected)!r} is due; "
-                f"an optional system message, then {user} and {assistant} in turn"
-            )
-        if message.role == "assistant" and not message.content.strip():
-            raise RowError(f"{where}.{layout.content}: empty; a message of {assistant} needs text")
-    if len(messages) == first:
-        raise RowError(f"{layout.messages}: no {user} and {assistant} message")
-    if messages[-1].role == "user":
-        last = f"{layout.messages}[{len(messages) - 1}].{layout.role}"
-        raise RowError(f"{last}: ends with {user!r}; nothing to train after it")
-    if not any(message.weight for message in messages if message.role == "assistant"):
-        raise RowError(f"{layout.messages}: every {assistant} message has weight 0, so nothing would be trained")
-    return Conversation(messages)
+Sample = Conversation | PromptCompletion | Text | Preference

@@ -5,10 +5,20 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
+import numpy as np
 from attrs import frozen
 
-from mlx_trainer.data.conversation import Conversation, DataError, PromptCompletion, RowError, Sample, Text
-from mlx_trainer.data.mistral import MistralFormat, Piece, glue
+from mlx_trainer.data.conversation import (
+    Conversation,
+    DataError,
+    Preference,
+    PromptCompletion,
+    RowError,
+    Sample,
+    Text,
+)
+from mlx_trainer.data.mistral import MistralFormat
+from mlx_trainer.data.sheet import Sheet
 from mlx_trainer.data.template import TemplateFormat
 from mlx_trainer.data.tokenizer import ChatTokenizer, TextEncoder, Tokens
 
@@ -36,38 +46,55 @@ class SampleEncoder:
         return cls(encoder, tokenizer.bos_token_id, tokenizer.eos_token_id, chats, completion_style)
 
     def encode(self, samples: Sequence[Sample]) -> list[Tokens | RowError]:
-        """Tokens of each sample in order, or why it has none; a sample in which nothing is trained has none."""
+        """Tokens of each sample in order, or why it has none; a sample in which nothing is trained has none.
+
+        All conversations are encoded in one batch, and so are all texts.
+        """
         kinds: tuple[tuple[type[Sample], Callable[..., Sequence[Tokens | RowError]]], ...] = (
             (Conversation, self.encode_chats),
             (PromptCompletion, self.completions),
             (Text, self.texts),
+            (Preference, refuse_preferences),
         )
+        if self.completion_style == "chat":
+            samples = [s.as_conversation() if isinstance(s, PromptCompletion) else s for s in samples]
         encoded = {kind: iter(encode([s for s in samples if isinstance(s, kind)])) for kind, encode in kinds}
         return [refuse_untrained(next(encoded[type(sample)])) for sample in samples]
 
     def texts(self, samples: Sequence[Text]) -> list[Tokens]:
         """BOS, text, EOS; all trained but the first."""
-        start, stop = pieces_of(self.bos), pieces_of(self.eos, trained=True)
-        return glue([[*start, Piece(sample.text, trained=True), *stop] for sample in samples], self.encoder)
+        sheet = Sheet()
+        for sample in samples:
+            if self.bos is not None:
+                sheet.control(self.bos)
+            sheet.text(sample.text, trained=True)
+            if self.eos is not None:
+                sheet.control(self.eos, trained=True)
+            sheet.end_row()
+        return sheet.tokens(self.encoder)
 
-    def completions(self, samples: Sequence[PromptCompletion]) -> Sequence[Tokens | RowError]:
-        """Prompt and completion as one chat turn, or, in raw style, one behind the other."""
-        if self.completion_style == "chat":
-            return self.encode_chats([sample.as_conversation() for sample in samples])
+    def completions(self, samples: Sequence[PromptCompletion]) -> list[Tokens]:
+        """Prompt and completion one behind the other, in raw style."""
         encoded = self.encoder.encode_with_ends([sample.prompt + sample.completion for sample in samples])
         return [self.raw(ids, ends, len(sample.prompt)) for sample, (ids, ends) in zip(samples, encoded, strict=True)]
 
     def raw(self, ids: Sequence[int], ends: Sequence[int], prompt: int) -> Tokens:
         """BOS, prompt and completion, EOS; trained is each token that reaches beyond the prompt's last letter."""
-        first = bisect_right(ends, prompt)
-        start, stop = pieces_of(self.bos), pieces_of(self.eos, trained=True)
-        body = [*(Piece(id) for id in ids[:first]), *(Piece(id, trained=True) for id in ids[first:])]
-        return glue([[*start, *body, *stop]], self.encoder)[0]
+        start, stop = ([] if id is None else [id] for id in (self.bos, self.eos))
+        first = len(start) + bisect_right(ends, prompt)
+        whole = [*start, *ids, *stop]
+        return Tokens.of(whole, np.arange(len(whole)) >= first)
 
 
-def pieces_of(id: int | None, *, trained: bool = False) -> list[Piece]:
-    """A control token as a list of pieces, empty where the tokenizer has none."""
-    return [] if id is None else [Piece(id, trained)]
+def refuse_preferences(samples: Sequence[Preference]) -> list[RowError]:
+    """Why preferences have no tokens."""
+    return [
+        RowError(
+            "chosen, rejected: these rows are for preference training (DPO), which comes later; "
+            "to fine-tune on the chosen answers give them as prompt and completion, or as messages"
+        )
+        for _ in samples
+    ]
 
 
 def refuse_untrained(row: Tokens | RowError) -> Tokens | RowError:

@@ -5,14 +5,15 @@ them; the first format whose keys are all present wins.
 """
 
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from attrs import frozen
 
-from mlx_trainer.data.chats import parse_alpaca, parse_messages, parse_sharegpt
-from mlx_trainer.data.conversation import DataError, PromptCompletion, RowError, Sample, Text
+from mlx_trainer.data.chats import parse_alpaca, parse_messages, parse_prompt_completion, parse_sharegpt
+from mlx_trainer.data.conversation import DataError, RowError, Sample, Text
 from mlx_trainer.data.fields import JsonObject, trained_text
 from mlx_trainer.data.fields import text_at as text_at  # for formats of one's own
+from mlx_trainer.data.preference import parse_preference
 
 
 @frozen
@@ -23,28 +24,15 @@ class Format:
     parse: Callable[[JsonObject], Sample]
 
 
-def parse_prompt_completion(row: JsonObject) -> PromptCompletion:
-    """`{"prompt": …, "completion": …}`, both plain text."""
-    return PromptCompletion(text_at(row, "prompt"), trained_text(row, "completion"))
-
-
 def parse_text(row: JsonObject) -> Text:
     """`{"text": …}`."""
     return Text(trained_text(row, "text"))
 
 
-def refuse_preference(row: JsonObject) -> NoReturn:
-    """`{"prompt": …, "chosen": …, "rejected": …}`: raises RowError, as there is no preference training yet."""
-    raise RowError(
-        "chosen, rejected: rows of preferences are for preference training (DPO), which comes later; "
-        "to fine-tune on the chosen answers give them as prompt and completion, or as messages"
-    )
-
-
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), parse_messages),
     "prompt/completion": Format(("prompt", "completion"), parse_prompt_completion),
-    "preference": Format(("chosen", "rejected"), refuse_preference),
+    "preference": Format(("chosen", "rejected"), parse_preference),
     "ShareGPT": Format(("conversations",), parse_sharegpt),
     # Before `text`, which Alpaca's own file has beside its other keys, written out with a template.
     "Alpaca": Format(("instruction", "output"), parse_alpaca),
@@ -57,9 +45,11 @@ Parser = TypeVar("Parser", bound=Callable[[JsonObject], Sample])
 def register_format(name: str, *keys: str) -> Callable[[Parser], Parser]:
     """Decorate a function that reads rows with all of `keys`; such a format is tried before those that exist.
 
-    The function returns a Conversation, PromptCompletion or Text, and raises RowError for a row that cannot be used.
+    The function returns a Conversation, PromptCompletion, Text or Preference, and raises RowError for a row that
+    cannot be used.
     Raises DataError where `name` is taken or there is no key to tell the format by.
 
+    >>> from mlx_trainer.data.conversation import PromptCompletion
     >>> @register_format("question/answer", "question", "answer")
     ... def parse_question(row: JsonObject) -> PromptCompletion:
     ...     return PromptCompletion(text_at(row, "question"), text_at(row, "answer"))

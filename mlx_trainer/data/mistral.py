@@ -1,52 +1,49 @@
-"""Mistral's instruct format, built id by id: `<s>([INST] user[/INST] assistant</s>)+`.
+"""Mistral's instruct format, built id by id: `<s>([INST] user[/INST] assistant</s>)+`, with tools as v3 writes them.
 
 Ground truth is Mistral's own package mistral-common (`InstructTokenizerV3`); the tests compare with it. Templates of
 strings cannot do this: a control token written in a row would become one, and the template on the Hub drops the
 system message of every training row.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Self
 
 from attrs import frozen
 
-from mlx_trainer.data.conversation import Conversation, Message
+from mlx_trainer.data.conversation import Conversation, Message, RowError, Tool, ToolCall
+from mlx_trainer.data.sheet import Sheet
 from mlx_trainer.data.tokenizer import ChatTokenizer, TextEncoder, Tokens
+from mlx_trainer.data.tools import nine_letters, result_json
 
 SYSTEM_SEPARATOR = "\n\n"
+CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
+TOOL_TOKENS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 
 
 @frozen
-class Piece:
-    """A part of a row: a control token's id or a text, trained or not."""
+class ToolIds:
+    """Ids of the control tokens around definitions, before calls, and around results."""
 
-    content: int | str
-    trained: bool = False
-
-
-def glue(rows: Sequence[Sequence[Piece]], encoder: TextEncoder) -> list[Tokens]:
-    """Tokens of each row of pieces; all texts of all rows are encoded in one batch."""
-    encoded = iter(encoder.encode([piece.content for row in rows for piece in row if isinstance(piece.content, str)]))
-    return [glue_row(row, encoded) for row in rows]
-
-
-def glue_row(row: Sequence[Piece], encoded: Iterator[Sequence[int]]) -> Tokens:
-    """Tokens of one row, whose texts are the next of `encoded`."""
-    parts = [next(encoded) if isinstance(piece.content, str) else [piece.content] for piece in row]
-    trained = [[piece.trained] * len(part) for piece, part in zip(row, parts, strict=True)]
-    return Tokens.of(list(chain(*parts)), list(chain(*trained)))
+    begin_tools: int
+    end_tools: int
+    calls: int
+    begin_result: int
+    end_result: int
 
 
 @frozen
 class MistralFormat:
-    """Ids of the four control tokens, and the blank that stands before each text."""
+    """Ids of the control tokens, and the blank that stands before each text; `tools` is None without those of tools."""
 
     bos: int
     eos: int
     begin: int
     end: int
     blank: str
+    tools: ToolIds | None = None
 
     @classmethod
     def of(cls, tokenizer: ChatTokenizer, encoder: TextEncoder) -> Self | None:
@@ -57,34 +54,114 @@ class MistralFormat:
         bos, eos, begin, end = (encoder.control_id(name) for name in ("<s>", "</s>", "[INST]", "[/INST]"))
         if bos is None or eos is None or begin is None or end is None:
             return None
+        tool_ids = [id for name in TOOL_TOKENS if (id := encoder.control_id(name)) is not None]
+        tools = ToolIds(*tool_ids) if len(tool_ids) == len(TOOL_TOKENS) else None
         for blank in (" ", ""):
             if tokenizer.chat_template is None or rendered_probe(tokenizer) == f"<s>[INST]{blank}u[/INST]{blank}a</s>":
-                return cls(bos, eos, begin, end, encoder.leading_blank() if blank else "")
+                return cls(bos, eos, begin, end, encoder.leading_blank() if blank else "", tools)
         return None
 
-    def encode(self, conversations: Sequence[Conversation], encoder: TextEncoder) -> list[Tokens]:
-        """Tokens of each conversation; trained are the ids of every assistant text and the `</s>` that closes it."""
-        return glue([self.pieces(conversation) for conversation in conversations], encoder)
+    def encode(self, conversations: Sequence[Conversation], encoder: TextEncoder) -> list[Tokens | RowError]:
+        """Tokens of each conversation, or why Mistral's format cannot hold it.
 
-    def pieces(self, conversation: Conversation) -> list[Piece]:
-        """The conversation as control tokens and texts; the system text goes before the last user text."""
-        turns, system = conversation.turns, conversation.system
-        pieces = [Piece(self.bos)]
-        for user, assistant in turns:
-            before = system + SYSTEM_SEPARATOR if system and user is turns[-1][0] else ""
-            pieces += self.turn(before + user.content, assistant)
-        return pieces
+        Trained are the ids of every assistant message, calls of tools included, and the `</s>` that closes it.
+        """
+        sheet = Sheet()
+        refusals = [self.refusal(conversation) for conversation in conversations]
+        for conversation, refusal in zip(conversations, refusals, strict=True):
+            if refusal is None:
+                self.write(conversation, sheet)
+        written = iter(sheet.tokens(encoder))
+        return [refusal or next(written) for refusal in refusals]
 
-    def turn(self, question: str, assistant: Message) -> list[Piece]:
-        """One turn; trailing blanks of the answer are dropped as mistral-common does."""
-        trained = bool(assistant.weight)
-        return [
-            Piece(self.begin),
-            Piece(self.blank + question if question else ""),
-            Piece(self.end),
-            Piece(self.blank + assistant.content.rstrip(" "), trained),
-            Piece(self.eos, trained),
-        ]
+    def refusal(self, conversation: Conversation) -> RowError | None:
+        """Why the conversation cannot be written: a message has words and calls, or there are no tokens for tools."""
+        for number, message in enumerate(conversation.messages):
+            if message.tool_calls and message.content:
+                return RowError(
+                    f"messages[{number}].content: text beside tool_calls, of which Mistral's format holds one; "
+                    "leave the text out, or give it as an answer of its own"
+                )
+        has_tools = conversation.tools or any(message.tool_calls for message in conversation.messages)
+        if has_tools and self.tools is None:
+            return RowError(f"tools: the tokenizer lacks some of Mistral's tokens for tools, {', '.join(TOOL_TOKENS)}")
+        return None
+
+    def write(self, conversation: Conversation, sheet: Sheet) -> None:
+        """Write one row; definitions of tools and the system text go before the last user text."""
+        messages = conversation.messages
+        last_user = max(i for i, message in enumerate(messages) if message.role == "user")
+        sheet.control(self.bos)
+        for number, message in enumerate(messages):
+            if message.role == "assistant":
+                self.write_answer(message, sheet)
+            elif message.role == "user":
+                before = self.write_tools(conversation, sheet) if number == last_user else ""
+                sheet.control(self.begin)
+                if question := before + message.content:
+                    sheet.text(self.blank + question)
+                sheet.control(self.end)
+            elif message.role == "tool" and self.tools:
+                sheet.control(self.tools.begin_result)
+                sheet.text(self.blank + written_result(message))
+                sheet.control(self.tools.end_result)
+        sheet.end_row()
+
+    def write_tools(self, conversation: Conversation, sheet: Sheet) -> str:
+        """Write the definitions of tools, if there are any; returns what goes before the last user text."""
+        if conversation.tools and self.tools:
+            sheet.control(self.tools.begin_tools)
+            sheet.text(self.blank + written_tools(conversation.tools))
+            sheet.control(self.tools.end_tools)
+        return conversation.system + SYSTEM_SEPARATOR if conversation.system else ""
+
+    def write_answer(self, message: Message, sheet: Sheet) -> None:
+        """Write an answer or its calls; trailing blanks of an answer are dropped as mistral-common does."""
+        trained = bool(message.weight)
+        if message.tool_calls and self.tools:
+            sheet.control(self.tools.calls, trained)
+            sheet.text(self.blank + written_calls(message.tool_calls), trained)
+        else:
+            sheet.text(self.blank + message.content.rstrip(" "), trained)
+        sheet.control(self.eos, trained)
+
+
+@lru_cache(maxsize=256)
+def written_tools(tools: tuple[Tool, ...]) -> str:
+    """The definitions as JSON, each with name, description and parameters alone, in this order."""
+    functions = [json.loads(tool.definition)["function"] for tool in tools]
+    definitions = [
+        {
+            "type": "function",
+            "function": {
+                "name": function["name"],
+                "description": function.get("description") or "",
+                "parameters": function.get("parameters") or {},
+            },
+        }
+        for function in functions
+    ]
+    return json.dumps(definitions, ensure_ascii=False)
+
+
+def written_calls(calls: Sequence[ToolCall]) -> str:
+    """Calls as JSON; the id is left out where there is none."""
+    written = (
+        f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}'
+        + (f', "id": "{mistral_id(call.id)}"}}' if call.id else "}")
+        for call in calls
+    )
+    return f"[{', '.join(written)}]"
+
+
+def written_result(message: Message) -> str:
+    """A result as JSON, its content as the JSON it holds or as a string."""
+    return f'{{"content": {result_json(message.content)}, "call_id": "{mistral_id(message.tool_call_id or "")}"}}'
+
+
+def mistral_id(id: str) -> str:
+    """The id of a call as Mistral knows it: nine letters and digits stay, others such as `call_…` become such ones."""
+    return id if CALL_ID.fullmatch(id) else nine_letters(id)
 
 
 def rendered_probe(tokenizer: ChatTokenizer) -> object:

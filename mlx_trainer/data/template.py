@@ -6,13 +6,14 @@ is the answer. A row for which this does not hold is a bad row: its tokens canno
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
 from attrs import frozen
 
 from mlx_trainer.data.conversation import Conversation, RowError
+from mlx_trainer.data.rendering import Renderer, as_objects, tool_objects
 from mlx_trainer.data.tokenizer import ChatTokenizer, TextEncoder, Tokens
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -41,39 +42,46 @@ class TemplateFormat:
         """Why the conversation cannot be rendered: a text holds a control token, or the template fails."""
         from jinja2 import TemplateError
 
-        for number, message in enumerate(conversation.messages):
-            if token := self.encoder.spelled_control(message.content):
-                return RowError(f"messages[{number}].content: holds {token!r}, which would become a control token")
+        for place, text in written_texts(conversation):
+            if token := self.encoder.spelled_control(text):
+                return RowError(f"{place}: holds {token!r}, which would become a control token")
+        renderer = Renderer(self.tokenizer)
         try:
-            self.render(conversation, len(conversation.messages))
+            if conversation.tools or any(message.tool_calls for message in conversation.messages):
+                return renderer.left_out(conversation)
+            renderer.render(conversation, len(conversation.messages))
         except TemplateError as error:
             return RowError(f"messages: the chat template refuses them: {error}")
         return None
 
-    def render(self, conversation: Conversation, count: int, *, prompt: bool = False) -> str:
-        """The first `count` messages as the template writes them; with `prompt`, as when an answer is asked for."""
-        messages = [{"role": m.role, "content": m.content} for m in conversation.messages[:count]]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-
     def by_marks(self, conversations: Sequence[Conversation]) -> list[Tokens | RowError]:
-        """Tokens with the template's own mask; an EOS that follows a marked part is trained too, or none would stop."""
-        if not conversations:
-            return []
-        messages = [[{"role": m.role, "content": m.content} for m in c.messages] for c in conversations]
-        encoded = self.tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
-        )
-        rows = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-        return [marked_tokens(ids, mask, self.tokenizer.eos_token_id) for ids, mask in rows]
+        """Tokens with the template's own mask; an EOS that follows a marked part is trained too, or none would stop.
+
+        A template takes one list of tools for a batch, so rows are encoded together with those of the same tools.
+        """
+        rows: dict[int, Tokens | RowError] = {}
+        for tools in {conversation.tools for conversation in conversations}:
+            numbers = [i for i, conversation in enumerate(conversations) if conversation.tools == tools]
+            encoded = self.tokenizer.apply_chat_template(
+                [as_objects(conversations[i].messages) for i in numbers],
+                tools=tool_objects(tools),
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"verbose": False},
+            )
+            for i, ids, mask in zip(numbers, encoded["input_ids"], encoded["assistant_masks"], strict=True):
+                rows[i] = marked_tokens(ids, mask, self.tokenizer.eos_token_id)
+        return [rows[i] for i in range(len(conversations))]
 
     def by_prefixes(self, conversations: Sequence[Conversation]) -> list[Tokens | RowError]:
         """Tokens of each conversation, told by prefix differences; all prefixes are encoded in one batch."""
+        renderer = Renderer(self.tokenizer)
         ends = [[i for i, m in enumerate(c.messages) if m.role == "assistant"] for c in conversations]
         texts = [
             text
             for conversation, answers in zip(conversations, ends, strict=True)
             for i in answers
-            for text in (self.render(conversation, i, prompt=True), self.render(conversation, i + 1))
+            for text in (renderer.render(conversation, i, prompt=True), renderer.render(conversation, i + 1))
         ]
         encoded = iter(self.encoder.encode(texts))
         eos = self.tokenizer.eos_token_id
@@ -85,7 +93,17 @@ class TemplateFormat:
 
 def all_weigh(conversation: Conversation) -> bool:
     """Whether every assistant message is trained; a template's own marks know no weights."""
-    return all(assistant.weight for _, assistant in conversation.turns)
+    return all(answer.weight for answer in conversation.answers)
+
+
+def written_texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
+    """Every text of a row that a template may write, with its place."""
+    for number, tool in enumerate(conversation.tools):
+        yield f"tools[{number}]", tool.definition
+    for number, message in enumerate(conversation.messages):
+        yield f"messages[{number}].content", message.content
+        for k, call in enumerate(message.tool_calls):
+            yield f"messages[{number}].tool_calls[{k}]", f"{call.arguments} {call.id}"
 
 
 def marked_tokens(ids: Sequence[int], mask: Sequence[int], eos: int | None) -> Tokens | RowError:

@@ -39,13 +39,16 @@ def sentencepiece_file() -> Path:
 def sentencepiece_backend(always_prepend: bool = False) -> str:
     """That model as a BPE of the tokenizers library, as JSON; merges are ranked by their piece's score.
 
+    All runs of blanks have one score, and then SentencePiece joins the leftmost pair: a run grows from its left end.
+    Merges with the longest left part first do the same.
+
     The blank before a text is added as `Metaspace` does it (where there is none) or, as older conversions do, always.
     """
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time by protobuf
     model.ParseFromString(sentencepiece_file().read_bytes())
     ids = {piece.piece: id for id, piece in enumerate(model.pieces)}
     merges = [
-        (-piece.score, ids[left], ids[right], left, right)
+        (-piece.score, -len(left) if left.strip("▁") == "" else 0, ids[left], ids[right], left, right)
         for piece in model.pieces
         if piece.type == piece.NORMAL
         for k in range(1, len(piece.piece))

@@ -1,0 +1,163 @@
+"""Tools in a row: which may be called, the calls, and which result answers which call."""
+
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import blake2b
+
+from attrs import evolve
+
+from mlx_trainer.data.conversation import Message, RowError, Tool, ToolCall
+from mlx_trainer.data.fields import JsonObject, checked_text, json_in, json_text, json_type, optional_text, within
+from mlx_trainer.data.layout import Place
+
+FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+"""What OpenAI and Mistral accept as the name of a function."""
+LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+ID_LENGTH = 9
+"""Letters and digits of an id as Mistral's models know it."""
+
+
+def parse_tools(row: JsonObject) -> tuple[Tool, ...]:
+    """The row's `tools`: a list of function definitions or the JSON text of one; none where it is missing or empty."""
+    value = row.get("tools")
+    if not value:
+        return ()
+    return tools_in(value if isinstance(value, str) else json_text(value, "tools"))
+
+
+@lru_cache(maxsize=256)
+def tools_in(text: str) -> tuple[Tool, ...]:
+    """The tools of a JSON list; rows of one file mostly share theirs, which are read once."""
+    values = json_in(text, "tools")
+    if not isinstance(values, list):
+        raise RowError(f"tools: expected a list of function definitions, got {json_type(values)}")
+    return tuple(parse_tool(value, f"tools[{number}]") for number, value in enumerate(values))
+
+
+def parse_tool(value: object, where: str) -> Tool:
+    """One definition, `{"type": "function", "function": {"name": …, …}}` or the inner object alone."""
+    if not isinstance(value, dict):
+        raise RowError(f"{where}: expected an object with type and function, got {json_type(value)}")
+    if value.get("type", "function") != "function" and "function" in value:
+        raise RowError(f"{where}.type: {value['type']!r} is not 'function', the only kind of tool there is")
+    tool = value if "function" in value else {"function": value}
+    try:
+        name = function_name(tool["function"])
+        optional_text(tool["function"], "description")
+        parameters = tool["function"].get("parameters")
+        if not isinstance(parameters, dict | None):
+            raise RowError(f"parameters: expected an object, a JSON schema, got {json_type(parameters)}")
+    except RowError as error:
+        raise within(f"{where}.function" if "function" in value else where, error) from None
+    return Tool(name, json_text({"type": "function", **tool}, where))
+
+
+def function_name(function: object) -> str:
+    """The name of a definition or a call; raises RowError from `function` on."""
+    if not isinstance(function, dict):
+        raise RowError(f": expected an object with a name, got {json_type(function)}")
+    name = function.get("name")
+    if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
+        raise RowError(f"name: {name!r} is no function name, 1 to 64 letters, digits, underscores or dashes")
+    return name
+
+
+def parse_calls(value: object) -> tuple[ToolCall, ...]:
+    """A message's calls, none where they are null; raises RowError from `tool_calls` on."""
+    if not isinstance(value, list | None):
+        raise RowError(f": expected a list of calls, got {json_type(value)}")
+    calls: list[ToolCall] = []
+    for number, item in enumerate(value or ()):
+        try:
+            calls.append(parse_call(item))
+        except RowError as error:
+            raise within(f"[{number}]", error) from None
+        id = calls[-1].id
+        if id is not None and any(call.id == id for call in calls[:-1]):
+            raise RowError(f"[{number}].id: {id!r} is the id of an earlier call too; results could not be told apart")
+    return tuple(calls)
+
+
+def parse_call(value: object) -> ToolCall:
+    """One call, `{"id": …, "function": {"name": …, "arguments": …}}` or the inner object alone, with the id or none.
+
+    Mistral's own `"null"` and an empty id are read as none.
+    """
+    if not isinstance(value, dict):
+        raise RowError(f": expected an object with function, got {json_type(value)}")
+    id = None if value.get("id") in (None, "", "null") else checked_text(value["id"], "id")
+    function = value.get("function", value)
+    try:
+        return ToolCall(function_name(function), parse_arguments(function.get("arguments")), id)
+    except RowError as error:
+        raise within("function", error) if "function" in value else error from None
+
+
+def parse_arguments(value: object) -> str:
+    """Arguments, an object or the JSON text of one, as the text of a JSON object; `{}` where there are none."""
+    if value is None or value == "":
+        return "{}"
+    held = json_in(value, "arguments") if isinstance(value, str) else value
+    if not isinstance(held, dict):
+        raise RowError(f"arguments: expected an object or the JSON text of one, got {json_type(held)}")
+    return json_text(held, "arguments")
+
+
+def result_json(content: str) -> str:
+    """A tool's result as JSON: what it holds where it is JSON itself, else its text as a string, `{}` where empty."""
+    try:
+        return json.dumps(json.loads(content or "{}"), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return json.dumps(content, ensure_ascii=False)
+
+
+def nine_letters(text: str) -> str:
+    """Nine letters and digits that depend on `text` alone, as Mistral's ids of calls are; alike by chance in 1e16."""
+    number = int.from_bytes(blake2b(text.encode(), digest_size=16).digest())
+    letters = []
+    for _ in range(ID_LENGTH):
+        number, letter = divmod(number, len(LETTERS))
+        letters.append(LETTERS[letter])
+    return "".join(letters)
+
+
+def link_results(messages: Sequence[Message], place: Place) -> tuple[Message, ...]:
+    """`messages` in the right order, with every result naming the call it answers; raises RowError.
+
+    A call without an id gets one that depends on its place among the calls and on what it calls, except in the last
+    message. A result without an id answers the first open call, of its name if it has one.
+    """
+    linked: list[Message] = []
+    waiting: list[ToolCall] = []
+    number = 0
+    for i, message in enumerate(messages):
+        if message.tool_calls:
+            if i + 1 < len(messages):
+                calls = enumerate(message.tool_calls, number)
+                message = evolve(message, tool_calls=tuple(with_id(call, k) for k, call in calls))
+            number += len(message.tool_calls)
+            waiting = list(message.tool_calls)
+        elif message.role == "tool":
+            call = answered_call(message, waiting, place(i))
+            waiting.remove(call)
+            message = evolve(message, tool_call_id=call.id, name=message.name or call.name)
+        linked.append(message)
+    return tuple(linked)
+
+
+def with_id(call: ToolCall, number: int) -> ToolCall:
+    """`call` with an id, made of its number and what it calls where it has none."""
+    return call if call.id else evolve(call, id=nine_letters(f"{number} {call.name} {call.arguments}"))
+
+
+def answered_call(result: Message, waiting: Sequence[ToolCall], where: str) -> ToolCall:
+    """Which of the `waiting` calls a result answers; raises RowError naming `where` if it is none of them."""
+    by_id = result.tool_call_id is not None
+    for call in waiting:
+        if call.id == result.tool_call_id if by_id else result.name in (None, call.name):
+            return call
+    wrong, key = (result.tool_call_id, "tool_call_id") if by_id else (result.name, "name")
+    due = ", ".join(repr(call.id if by_id else call.name) for call in waiting)
+    raise RowError(f"{where}.{key}: {wrong!r} is of no call that waits for its result; there is {due}")
