@@ -4,7 +4,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -13,7 +12,6 @@ from attrs import evolve, frozen
 from mlx_trainer.data.conversation import DataError, RowError, Sample, Text
 from mlx_trainer.data.encoding import SampleEncoder
 from mlx_trainer.data.formats import FORMATS, detect_format
-from mlx_trainer.data.jsonl import read_jsonl
 from mlx_trainer.data.sources import Source
 from mlx_trainer.data.tokenizer import BoolArray, IntArray, Tokens
 
@@ -86,7 +84,7 @@ def load_file(source: Source, encoder: SampleEncoder, max_seq_length: int) -> Lo
 
     Raises DataError where the file cannot be read, more than 5 % of its rows are bad, or no row can be trained.
     """
-    path = source.path
+    path = source.location
     samples, bad, total = parse_file(source)
     refuse_bad_rows(path, bad, total)
     tell_control_tokens(source, samples, encoder)
@@ -110,8 +108,8 @@ def cut_rows(file: Source, whole: Sequence[TokenRow], max_seq_length: int) -> tu
     dropped = [row.source for row in cut if not row.trained.any()]
     if len(dropped) == len(cut):
         raise DataError(
-            f"No row of {file.path} has a trained token within max_seq_length={max_seq_length}: the prompts alone are "
-            f"longer. Raise max_seq_length (the longest row has {max(map(len, whole)):,} tokens) or shorten them."
+            f"No row of {file.location} has a trained token within max_seq_length={max_seq_length}: the prompts alone "
+            f"are longer. Raise max_seq_length (the longest row has {max(map(len, whole)):,} tokens) or shorten them."
         )
     tell(f"{file.name}: dropped a row with no trained token within max_seq_length={max_seq_length}", dropped)
     return tuple(row for row in cut if row.trained.any()), len(dropped)
@@ -127,17 +125,20 @@ def parse_file(file: Source) -> tuple[list[Located], dict[int, str], int]:
     bad: dict[int, str] = {}
     formats: Counter[str] = Counter()
     number = -1
-    for number, line in enumerate(read_jsonl(file.path, file.name)):
+    for number, line in enumerate(file.lines()):
+        source = f"{file.name}:{line.number}"
         try:
             if isinstance(line.value, RowError):
                 raise line.value
             name = detect_format(line.value)
-            samples.append((number, line.source, FORMATS[name].parse(line.value)))
+            samples.append((number, source, FORMATS[name].parse(line.value)))
             formats[name] += 1
         except RowError as error:
-            bad[number] = f"{line.source}: {error}"
+            bad[number] = f"{source}: {error}"
     logger.info(
-        "%s: %s", file.path, ", ".join(f"{count:,} {name} rows" for name, count in formats.most_common()) or "no row"
+        "%s: %s",
+        file.location,
+        ", ".join(f"{count:,} {name} rows" for name, count in formats.most_common()) or "no row",
     )
     return samples, bad, number + 1
 
@@ -153,7 +154,7 @@ def encode_rows(samples: Sequence[Located], encoder: SampleEncoder) -> Iterator[
                 yield number, f"{source}: {result}"
 
 
-def refuse_bad_rows(path: Path, bad: Mapping[int, str], total: int) -> None:
+def refuse_bad_rows(path: str, bad: Mapping[int, str], total: int) -> None:
     """Raise DataError with the first bad rows where they are more than 5 % of all."""
     if len(bad) > MAX_BAD_SHARE * total:
         first = "".join(f"\n  {bad[number]}" for number in sorted(bad)[:TOLD])
