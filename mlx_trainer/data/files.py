@@ -73,7 +73,7 @@ class FileSource:
         """Bytes on disk, None where they cannot be told."""
         try:
             return self.path.stat().st_size
-        except OSError:
+        except (OSError, ValueError):
             return None
 
 
