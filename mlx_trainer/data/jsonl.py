@@ -1,70 +1,106 @@
-"""Reading JSONL: one JSON object per line, UTF-8, with the file and line of everything that is wrong."""
+"""Reading JSONL: one JSON object per line, UTF-8, with the line of everything that is wrong."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 from attrs import frozen
 
-from mlx_trainer.data.conversation import DataError, RowError
+from mlx_trainer.data.conversation import RowError
 from mlx_trainer.data.fields import JsonObject, json_type
-from mlx_trainer.data.sources import lines_of
 
 BOM = b"\xef\xbb\xbf"
+MAX_LINE = 1 << 28
+"""Bytes of the longest line that is read: a file without line ends would be held in memory as a whole."""
+MAX_DEPTH = 100
+"""Levels of the deepest row that is read; where Python itself gives up depends on who calls, and on its version."""
+SHOWN = 60
+"""Letters of a text that an error shows of it."""
+EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 
 
 @frozen
 class Line:
-    """One line that is not blank: where it stands (`chats.jsonl:12`) and its object, or why it has none."""
+    """One line that is not blank, or one row of a dataset: its number from 1, and its object or why it has none."""
 
-    source: str
+    number: int
     value: JsonObject | RowError
 
 
-def read_jsonl(path: Path, name: str | None = None) -> Iterator[Line]:
-    """The lines of `path` that are not blank, told by `name` or else the file's own.
+def split_lines(parts: Iterable[bytes]) -> Iterator[bytes | None]:
+    """The lines of `parts`, which may end anywhere, without their ends; None for one that is longer than MAX_LINE."""
+    rest: list[bytes] = []  # of a line whose end is not read yet; joined once, as a long one would take quadratic time
+    length = 0
+    for part in parts:
+        first, *others = part.split(b"\n")
+        length += len(first)
+        rest.append(first)
+        if length > MAX_LINE:
+            rest.clear()
+        if others:
+            yield b"".join(rest) if length <= MAX_LINE else None
+            yield from others[:-1]
+            rest, length = others[-1:], len(others[-1])
+    yield b"".join(rest) if length <= MAX_LINE else None
 
-    Raises DataError where the file cannot be read or holds nothing.
-    """
-    check_file(path)
-    name = name or path.name
-    empty = True
-    for number, line in enumerate(lines_of(path), start=1):
+
+def json_lines(parts: Iterable[bytes]) -> Iterator[Line]:
+    """The lines of a file's `parts` that are not blank; a byte order mark before the first is passed over."""
+    for number, line in enumerate(split_lines(parts), start=1):
+        if line is None:
+            yield Line(number, RowError(f"longer than {MAX_LINE:,} bytes; a row is one JSON object on one line"))
+            continue
         line = line.removeprefix(BOM) if number == 1 else line
-        if line.strip():
-            empty = False
-            yield Line(f"{name}:{number}", parse_line(line))
-    if empty:
-        raise DataError(f"{path} is empty. Give it one JSON object per line, such as {EXAMPLE}.")
-
-
-EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
-
-
-def check_file(path: Path) -> None:
-    """Raise DataError where `path` is missing, no regular file, or not readable."""
-    if path.is_dir():
-        raise DataError(
-            f"{path} is a directory. Give the path of one JSONL file inside it, such as {path / 'x.jsonl'}."
-        )
-    if not path.exists():
-        raise DataError(f"{path} does not exist. Give the path of a JSONL file with one JSON object per line.")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. Give a file that this user may read.") from error
+        if line and not line.isspace():
+            yield Line(number, parse_line(line))
 
 
 def parse_line(line: bytes) -> JsonObject | RowError:
     """The JSON object of one line, or what is wrong with it."""
     try:
-        value = json.loads(line.rstrip().decode("utf-8"))
+        value = DECODER.decode(line.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
         return RowError(f"invalid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8")
     except json.JSONDecodeError as error:
         return RowError(f"broken JSON at column {error.colno}: {error.msg}; a row is one JSON object on one line")
+    except RowError as error:
+        return error
+    except ValueError:  # Python converts no integer of more than 4,300 digits, as that takes quadratic time
+        return RowError("a number with thousands of digits; write it as text")
     except RecursionError:
-        return RowError("JSON nested too deeply to be a row")
+        return RowError(TOO_DEEP)
     if not isinstance(value, dict):
         return RowError(f"expected a JSON object, got {json_type(value)}")
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and deeper(value, MAX_DEPTH):
+        return RowError(TOO_DEEP)
     return value
+
+
+TOO_DEEP = f"JSON nested too deeply to be a row; {MAX_DEPTH} levels are read"
+
+
+def deeper(value: JsonObject, depth: int) -> bool:
+    """Whether `value` has objects and lists below `depth` levels of them."""
+    level: list[Any] = [value]
+    for _ in range(depth):
+        inside = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
+        level = [inner for inner in inside if isinstance(inner, dict | list)]
+    return bool(level)
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of its pairs; raises RowError where a key comes twice, as which one is meant is anybody's guess."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise RowError(f"duplicate key {key[:SHOWN]!r}; leave one of the two out")
+    return found
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Raise RowError for NaN, Infinity or -Infinity, which Python writes but JSON does not have."""
+    raise RowError(f"{name} is no JSON; write null where a value is missing")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)

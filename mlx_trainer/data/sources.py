@@ -1,105 +1,153 @@
-"""Where rows come from: a file, several files, or a folder of train, valid and test files, compressed or not."""
+"""Where rows come from: files, alone, several or in a folder, and Hugging Face datasets, each with its weight."""
 
-import gzip
+import glob
 import logging
-import zlib
+import math
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from mlx_trainer.data.conversation import DataError
-from mlx_trainer.data.zstd import zstd_lines
+from mlx_trainer.data.files import FileSource
+from mlx_trainer.data.folders import folder_parts
+from mlx_trainer.data.hub_datasets import HUB, choose_splits, is_dataset, load_hub, rows_to_hold_out, splits_of
+from mlx_trainer.data.tables import DatasetSource, Table
 
-Paths = str | Path | Sequence[str | Path]
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+Paths = str | Path | Sequence[str | Path] | Mapping[str, float] | Mapping[Path, float] | Table
+"""A file, folder, glob or `hf:` name, several of these, these with weights, or a Hugging Face dataset."""
 
 logger = logging.getLogger("mlx_trainer.data")
 
 
-@frozen
-class Source:
-    """A file of rows, and how its rows name it: `chats.jsonl`, or the path where another file has that name too."""
+Source = FileSource | DatasetSource
+"""Where rows come from, a file or a split of a dataset alike.
 
-    path: Path
-    name: str
+`lines(progress)` gives the rows with their numbers, `name` and `weight` say how they are named and how many times each
+is used in an epoch, `location` is for messages, `fingerprint(memory)` a digest of the content alone, and
+`size_hint()` how much there is to read, in the units that `progress` is told: bytes on disk, or rows.
+"""
 
 
 @frozen
 class Sources:
-    """The files to train on, and those to hold out; where the latter are none, the former are split."""
+    """What to train on, and what to hold out; where the latter is none, the former is split."""
 
     train: tuple[Source, ...]
     validation: tuple[Source, ...]
 
 
 def find_sources(path: Paths, validation_path: Paths | None = None) -> Sources:
-    """The files at `path`: one, several, or a folder's train and valid; `validation_path` stands in for the latter.
+    """The rows to train on and to hold out.
 
-    Raises DataError for an empty list and for a folder without a train file, or with two of a kind.
+    `path` is a file, a glob, `hf:owner/name`, a list of these, a mapping of these to weights, a Hugging Face dataset,
+    or a folder. Of a folder or a dataset that stands alone, the valid or validation part is held out, unless
+    `validation_path` stands in for it; the test part is left alone.
+
+    Raises DataError for an empty list, a pattern that nothing matches, the same rows given twice, a weight that is
+    none, and for a folder or dataset without a train part, or with two of a kind.
     """
-    train, validation = listed(path), listed(validation_path)
-    if not train:
-        raise DataError("The list of data files is empty. Give one JSONL file or more.")
-    if len(train) == 1 and train[0].is_dir():
-        folder = train[0]
-        train = [train_file(folder)]
-        validation = validation or found(folder, "valid", "validation")
-        for untouched in found(folder, "test"):
-            logger.info("%s is left for tests: no row of it is read", untouched)
-    named = name_all([*train, *validation])
+    entries = weighted(path)
+    held_out = open_held_out(validation_path)
+    alone = len(entries) == 1
+    train: list[Source] = []
+    for entry, weight in entries:
+        parts, own = open_train(entry, folder=alone, hold_out=alone and not held_out)
+        train += [evolve(part, weight=weight) for part in parts]
+        held_out += own
+    refuse_repeated(train)
+    named = tell_apart([*train, *held_out])
     return Sources(named[: len(train)], named[len(train) :])
 
 
-def listed(path: Paths | None) -> list[Path]:
-    """One path or several as a list."""
+def weighted(path: Paths) -> list[tuple[Any, float]]:
+    """Each entry of `path` with its weight; raises DataError."""
+    if isinstance(path, str | Path) or is_dataset(path):
+        return [(path, 1.0)]
+    entries: list[tuple[Any, float]]
+    if isinstance(path, Mapping):
+        for entry, weight in path.items():
+            check_weight(entry, weight)
+        entries = [(entry, float(weight)) for entry, weight in path.items()]
+    else:
+        entries = [(entry, 1.0) for entry in path] if isinstance(path, Iterable) else [(path, 1.0)]
+    if not entries:
+        raise DataError("The list of data files is empty. Give one JSONL file or more.")
+    for entry, _ in entries:
+        if not (isinstance(entry, str | Path) or is_dataset(entry)):
+            raise DataError(f"The data is {entry!r:.60}. Give the path of a JSONL file, or a Hugging Face dataset.")
+    return entries
+
+
+def check_weight(entry: object, weight: object) -> None:
+    """Raise DataError where `weight` is no number above 0."""
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not (number and 0 < float(weight) < math.inf):  # type: ignore[arg-type]  # a number, as was just asked
+        raise DataError(
+            f"The weight of {str(entry)!r} is {weight!r:.60}. It says how many times each row is used in an epoch: "
+            "a number above 0, such as 0.5 or 2."
+        )
+
+
+def open_train(entry: Any, *, folder: bool, hold_out: bool) -> tuple[list[Source], list[Source]]:
+    """What to train on of an entry, which may be a `folder`, and what to hold out of it."""
+    if (splits := splits_at(entry)) is not None:
+        train, held_out = choose_splits(splits, hold_out=hold_out)
+        return [train], [*held_out]
+    paths = expand(entry)
+    own: list[Path] = []
+    if folder and len(paths) == 1 and paths[0].is_dir():
+        paths, own = folder_parts(paths[0], hold_out=hold_out)
+    return [*map(FileSource.of, paths)], [*map(FileSource.of, own)]
+
+
+def open_held_out(path: Paths | None) -> list[Source]:
+    """All rows at `path`, and of a dataset those it holds out itself."""
     if path is None:
         return []
-    return [Path(path)] if isinstance(path, str | Path) else [Path(one) for one in path]
+    if isinstance(path, Mapping) and not is_dataset(path):
+        raise DataError("validation_path has weights, but each held-out row is read once. Give a list of its files.")
+    sources: list[Source] = []
+    for entry, _ in weighted(path):
+        if (splits := splits_at(entry)) is not None:
+            sources.append(rows_to_hold_out(splits))
+        else:
+            sources += map(FileSource.of, expand(entry))
+    return sources
 
 
-def train_file(folder: Path) -> Path:
-    """The file of `folder` to train on; raises DataError with what is there instead."""
-    files = found(folder, "train")
-    if not files:
-        there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
+def splits_at(entry: Any) -> dict[str, DatasetSource] | None:
+    """The splits of a dataset, or of one that is named `hf:…`; None for a path."""
+    if isinstance(entry, str) and entry.startswith(HUB):
+        return load_hub(entry)
+    return splits_of(entry) if is_dataset(entry) else None
+
+
+def expand(entry: str | Path) -> list[Path]:
+    """The path itself, or the files that it is a pattern of, sorted; raises DataError where there are none."""
+    pattern = str(entry)
+    if os.path.lexists(pattern) or not glob.has_magic(pattern):
+        return [Path(entry)]
+    paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if not path.is_dir())
+    if not paths:
+        raise DataError(f"No file matches {pattern!r}. Give a pattern such as 'data/*.jsonl', or the path of a file.")
+    return paths
+
+
+def refuse_repeated(sources: Sequence[Source]) -> None:
+    """Raise DataError where two sources are the same one."""
+    name, count = Counter(source.full_name for source in sources).most_common(1)[0]
+    if count > 1:
         raise DataError(
-            f"{folder} is a directory without train.jsonl; it holds {there}. Give the path of one JSONL file, or a "
-            "directory with train.jsonl and, to hold out its rows, valid.jsonl."
+            f"{name} is given {count} times. Give it once; to use its rows more often give it a weight, "
+            f"{{{name!r}: {count}}}."
         )
-    return files[0]
 
 
-def found(folder: Path, *stems: str) -> list[Path]:
-    """The file of `folder` with one of these names, or none; raises DataError where two have."""
-    files = [path for stem in stems for suffix in SUFFIXES if (path := folder / (stem + suffix)).is_file()]
-    if len(files) > 1:
-        raise DataError(f"{folder} has both {files[0].name} and {files[1].name}. Leave one of them there.")
-    return files
-
-
-def name_all(paths: Sequence[Path]) -> tuple[Source, ...]:
-    """`paths` with the names that tell them apart."""
-    names = Counter(path.name for path in paths)
-    return tuple(Source(path, path.name if names[path.name] == 1 else str(path)) for path in paths)
-
-
-def lines_of(path: Path) -> Iterator[bytes]:
-    """The lines of a file that is plain, `.gz` or `.zst`; raises DataError where its compression is damaged."""
-    try:
-        yield from open_lines(path)
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is no valid gzip file: {error}. Compress it anew with `gzip`.") from error
-    except EOFError as error:
-        raise DataError(f"{path} ends in the middle of its compressed data. Copy or compress it anew.") from error
-
-
-def open_lines(path: Path) -> Iterable[bytes]:
-    """The lines of `path` by its suffix."""
-    if path.suffix == ".zst":
-        yield from zstd_lines(path)
-    else:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield from file
+def tell_apart(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """`sources`, those that share a name with their full one."""
+    names = Counter(source.name for source in sources)
+    return tuple(source if names[source.name] == 1 else evolve(source, name=source.full_name) for source in sources)

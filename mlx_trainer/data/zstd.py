@@ -1,9 +1,9 @@
-"""Lines of a file compressed with zstd, by Python's own module (3.14) or the zstandard package."""
+"""The content of a file compressed with zstd, by Python's own module (3.14) or the zstandard package."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from mlx_trainer.data.conversation import DataError
 
@@ -22,14 +22,14 @@ class Decompressor(Protocol):
         ...
 
 
-def zstd_lines(path: Path) -> Iterator[bytes]:
-    """The lines of `path` without their ends; raises DataError where it is damaged or no module can read it.
+def zstd_parts(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """The content of the open `file`, all its frames; raises DataError where `path` is damaged or nothing can read it.
 
     Raises EOFError where its last frame is cut.
     """
     new_decompressor, error_type = zstd_module(path)
     try:
-        yield from split_lines(decompressed(path, new_decompressor))
+        yield from decompressed(file, new_decompressor)
     except error_type as error:
         raise DataError(f"{path} is no valid zstd file: {error}. Compress it anew with `zstd`.") from error
 
@@ -51,24 +51,14 @@ def zstd_module(path: Path) -> tuple[Callable[[], Decompressor], type[Exception]
     return lambda: module.ZstdDecompressor().decompressobj(), module.ZstdError
 
 
-def decompressed(path: Path, new_decompressor: Callable[[], Decompressor]) -> Iterator[bytes]:
-    """The parts of all frames of `path`; raises EOFError where the last is cut, which `zstandard.open` passes over."""
+def decompressed(file: BinaryIO, new_decompressor: Callable[[], Decompressor]) -> Iterator[bytes]:
+    """The parts of all frames of `file`; raises EOFError where the last is cut, which `zstandard.open` passes over."""
     decompressor = new_decompressor()
-    with path.open("rb") as file:
-        while data := file.read(CHUNK):
-            while data:
-                if decompressor.eof:
-                    decompressor = new_decompressor()
-                yield decompressor.decompress(data)
-                data = decompressor.unused_data if decompressor.eof else b""
+    while data := file.read(CHUNK):
+        while data:
+            if decompressor.eof:
+                decompressor = new_decompressor()
+            yield decompressor.decompress(data)
+            data = decompressor.unused_data if decompressor.eof else b""
     if not decompressor.eof:
         raise EOFError
-
-
-def split_lines(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of `parts`, which may end anywhere, without their ends."""
-    rest = b""
-    for part in parts:
-        *whole, rest = (rest + part).split(b"\n")
-        yield from whole
-    yield rest

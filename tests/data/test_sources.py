@@ -14,9 +14,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mlx_trainer.data import BatchLoader, DataError, DataPipeline
-from mlx_trainer.data.jsonl import read_jsonl
-from mlx_trainer.data.sources import Source, Sources, find_sources
-from mlx_trainer.data.zstd import split_lines
+from mlx_trainer.data.files import FileSource
+from mlx_trainer.data.jsonl import split_lines
+from mlx_trainer.data.sources import Sources, find_sources
 from tests.data.conftest import WriteRows
 
 
@@ -58,7 +58,7 @@ def test_a_folder_without_rows_to_hold_out(
     assert len(names(folder.validation_loader())) == 3
     write_rows(texts("b", 2), "valid.jsonl")
     other = write_rows(texts("c", 1), "other.jsonl")
-    assert find_sources(tmp_path, other).validation == (Source(other, "other.jsonl"),)
+    assert find_sources(tmp_path, other).validation == (FileSource(other, "other.jsonl"),)
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path, write_rows: WriteRows) -> None:
@@ -75,7 +75,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path, write_rows: WriteRows) -> N
     with pytest.raises(DataError, match=r"The list of data files is empty\. Give one JSONL file or more"):
         find_sources([])
     with pytest.raises(DataError, match=r"is a directory\. Give the path of one JSONL file"):
-        list(read_jsonl(find_sources([tmp_path, tmp_path / "train.jsonl"]).train[0].path))
+        list(find_sources([tmp_path, tmp_path / "train.jsonl"]).train[0].lines())
 
 
 def test_several_files_are_one(write_rows: WriteRows, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -98,7 +98,7 @@ def test_several_files_are_one(write_rows: WriteRows, tokenizer: PreTrainedToken
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     """Rows of files with the same name are named by their paths, the others by their file."""
     paths = [tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.jsonl", tmp_path / "y.jsonl"]
-    first, second, third = map(Source, paths, [*map(str, paths[:2]), "y.jsonl"])
+    first, second, third = map(FileSource, paths, [*map(str, paths[:2]), "y.jsonl"])
     assert find_sources([first.path, third.path], second.path) == Sources((first, third), (second,))
 
 
@@ -106,9 +106,9 @@ def test_gzip(tmp_path: Path) -> None:
     """A gzip file has the lines and numbers of the file it was made from."""
     path = tmp_path / "chats.jsonl.gz"
     path.write_bytes(gzip.compress(b'\xef\xbb\xbf{"text": "a"}\r\n\n{"text": "b"}'))
-    assert [(line.source, line.value) for line in read_jsonl(path)] == [
-        ("chats.jsonl.gz:1", {"text": "a"}),
-        ("chats.jsonl.gz:3", {"text": "b"}),
+    assert [(line.number, line.value) for line in FileSource.of(path).lines()] == [
+        (1, {"text": "a"}),
+        (3, {"text": "b"}),
     ]
 
 
@@ -137,7 +137,7 @@ def test_damaged_gzip(tmp_path: Path, damage: str, message: str) -> None:
     lines = b"".join(json.dumps(row).encode() + b"\n" for row in texts("a", 200))
     path.write_bytes(damaged(gzip.compress(lines))[damage])
     with pytest.raises(DataError, match=rf"chats\.jsonl\.gz {message}"):
-        list(read_jsonl(path))
+        list(FileSource.of(path).lines())
 
 
 def test_zstd_without_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_zstd_without_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path = tmp_path / "chats.jsonl.zst"
     path.write_bytes(b"\x28\xb5\x2f\xfd")
     with pytest.raises(DataError, match=r"chats\.jsonl\.zst is compressed with zstd, .* \(pip install zstandard\)"):
-        list(read_jsonl(path))
+        list(FileSource.of(path).lines())
 
 
 @pytest.fixture(params=["standard library", "zstandard"])
@@ -171,8 +171,8 @@ def test_zstd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: Callabl
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
     first, second = (compress(b"".join(part)) for part in (lines[:20], lines[20:]))
     path.write_bytes(first + second)
-    expected = [(f"chats.jsonl.zst:{number + 1}", row) for number, row in enumerate(rows)]
-    assert [(line.source, line.value) for line in read_jsonl(path)] == expected
+    expected = list(enumerate(rows, start=1))
+    assert [(line.number, line.value) for line in FileSource.of(path).lines()] == expected
     for content, message in (
         (first + second[:-3], r"ends in the middle of its compressed data"),
         (first + b"rubbish", r"is no valid zstd file: .*Compress it anew with `zstd`"),
@@ -180,7 +180,7 @@ def test_zstd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: Callabl
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=rf"chats\.jsonl\.zst {message}"):
-            list(read_jsonl(path))
+            list(FileSource.of(path).lines())
 
 
 def test_lines_across_parts() -> None:
