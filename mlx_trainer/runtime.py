@@ -144,6 +144,15 @@ def memory_bytes() -> MemoryBytes:
     return MemoryBytes(active, cache, max(peak, active), active + cache, max(available, 0), limit)
 
 
+def cache_directory() -> Path:
+    """Return the folder for what can be made again: MLX_TRAINER_CACHE, else that of the system for this user."""
+    if own := os.environ.get("MLX_TRAINER_CACHE"):
+        return Path(own)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_trainer"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_trainer"
+
+
 def reset_peak_memory() -> None:
     """Let the peak start again from what is held now."""
     import mlx.core as mx

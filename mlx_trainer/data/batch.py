@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from attrs import frozen
 
-from mlx_trainer.data.rows import TokenRow
 from mlx_trainer.data.shapes import Shape
+from mlx_trainer.data.store import TokenRow
 from mlx_trainer.data.tokenizer import IntArray
 
 IGNORED = -100

@@ -57,7 +57,7 @@ def build(source: Source, recipe: Recipe, place: Path) -> TokenStore:
     beside = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=".partial", dir=place.parent))
     try:
         with StoreWriter(beside, recipe) as writer, reading(source) as progress:
-            for lines in parts(source, progress):
+            for lines in parts(source.lines(progress)):
                 writer.add(lines)
             writer.finish()
         shutil.rmtree(place, ignore_errors=True)  # what is there is not whole, or it would have been used

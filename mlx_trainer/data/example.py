@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from attrs import frozen
 
-from mlx_trainer.data.rows import TokenRow
+from mlx_trainer.data.store import TokenRow
 
 if TYPE_CHECKING:
     from rich.text import Text

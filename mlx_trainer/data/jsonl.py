@@ -22,10 +22,14 @@ EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant
 
 @frozen
 class Line:
-    """One line that is not blank, or one row of a dataset: its number from 1, and its object or why it has none."""
+    """One line that is not blank, or one row of a dataset: its number from 1, and its object or why it has none.
+
+    `size` are the bytes of the line.
+    """
 
     number: int
     value: JsonObject | RowError
+    size: int = 0
 
 
 def split_lines(parts: Iterable[bytes]) -> Iterator[bytes | None]:
@@ -53,7 +57,7 @@ def json_lines(parts: Iterable[bytes]) -> Iterator[Line]:
             continue
         line = line.removeprefix(BOM) if number == 1 else line
         if line and not line.isspace():
-            yield Line(number, parse_line(line))
+            yield Line(number, parse_line(line), len(line))
 
 
 def parse_line(line: bytes) -> JsonObject | RowError:

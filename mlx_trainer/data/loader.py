@@ -12,12 +12,12 @@ import numpy as np
 from attrs import evolve
 
 from mlx_trainer.data.batch import Batch, collate
+from mlx_trainer.data.classes import whole_steps
 from mlx_trainer.data.conversation import DataError
 from mlx_trainer.data.mixing import Mixture
-from mlx_trainer.data.classes import whole_steps
 from mlx_trainer.data.plan import EpochPlan, Indices, PlannedBatch, plan, starts_of
 from mlx_trainer.data.rows import Rows
-from mlx_trainer.data.shapes import Budget, Shape
+from mlx_trainer.data.shapes import Budget, Lengths, Shape
 from mlx_trainer.data.unpadded import UnpaddedBatch, collate_unpadded
 
 AHEAD_PER_WORKER = 2
@@ -118,23 +118,34 @@ class BatchLoader:
             return collate(rows, planned.shape, pad_id=self.pad_id)
         return collate_unpadded(rows, planned.shape, self.predictions[planned.shape], pad_id=self.pad_id)
 
+    @property
+    def shapes(self) -> int:
+        """How many distinct shapes the batches of epoch 0 have."""
+        planned = self.plan(0)
+        if self.layout == "padded":
+            return len(np.unique(planned.classes))
+        sums = self._trained_tokens(planned)
+        room = np.array([self.predictions[shape] for shape in planned.shapes])
+        return len(set(zip(planned.classes.tolist(), (sums <= room[planned.classes]).tolist(), strict=True)))
+
     @cached_property
     def predictions(self) -> Mapping[Shape, int]:
         """How many predictions the unpadded batches of each shape have room for: the most of any batch of epoch 0."""
         planned = self.plan(0)
-        trained = self.rows.column("trained")[self.row_numbers(0, planned.order)]
-        sums = np.diff(starts_of(trained)[planned.starts])
+        sums = self._trained_tokens(planned)
         most = {shape: int(sums[planned.classes == k].max(initial=1)) for k, shape in enumerate(planned.shapes)}
         return {shape: whole_steps(count, shape) for shape, count in most.items()}
+
+    def _trained_tokens(self, planned: EpochPlan) -> Lengths:
+        trained = self.rows.column("trained")[self.row_numbers(0, planned.order)]
+        return np.diff(starts_of(trained)[planned.starts])
 
     def _batches(self, epoch: int, todo: range) -> Generator[Batch | UnpaddedBatch, None, None]:
         planned = self.plan(epoch)
         mine = (planned[self.ranks * i + self.rank] for i in todo)
         return self._prepared_ahead(epoch, mine) if self.workers else (self.batch(epoch, one) for one in mine)
 
-    def _prepared_ahead(
-        self, epoch: int, todo: Iterator[PlannedBatch]
-    ) -> Generator[Batch | UnpaddedBatch, None, None]:
+    def _prepared_ahead(self, epoch: int, todo: Iterator[PlannedBatch]) -> Generator[Batch | UnpaddedBatch, None, None]:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="mlx-trainer-data")
         try:
             ahead: deque[Future[Batch | UnpaddedBatch]] = deque(

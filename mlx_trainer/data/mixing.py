@@ -54,6 +54,6 @@ class Mixture:
 
 
 def blocks_of(rows: int, share: float) -> Lengths:
-    """Where `rows` are cut into `share` times as many blocks, of nearly equal size; one at least, if there is a share."""
+    """Where `rows` are cut into `share` times as many nearly equal blocks; where there is a share, into one at least."""
     blocks = max(round(rows * share), int(share > 0 and rows > 0))
     return np.arange(blocks + 1) * rows // max(blocks, 1)

@@ -104,7 +104,7 @@ class DataPipeline:
         self.layout: Layout = layout
         self._pad_id = tokenizer.pad_token_id or 0
         encoder = SampleEncoder.of(tokenizer, completion_style)
-        recipe = Recipe(tokenizer, encoder, FieldMapping.of(fields, roles), max_seq_length, truncation)
+        recipe = Recipe(tokenizer, encoder, FieldMapping(fields or {}, roles or {}), max_seq_length, truncation)
         sources = find_sources(path, validation_path)
         cache = Path(cache_dir).expanduser() if cache_dir is not None else runtime.cache_directory()
         stores = [open_store(source, recipe, cache) for source in (*sources.train, *sources.validation)]

@@ -68,7 +68,7 @@ def plan(
         return in_order(lengths, [one.shape for one in classes], ranks)
     random = generator(seed, epoch)
     shuffled = random.permutation(len(lengths)).astype(np.int32 if len(lengths) < 2**31 else np.int64)
-    by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    by_length = np.take(shuffled, np.argsort(lengths[shuffled], kind="stable"))
     dealt, left = deal(random, by_length, classes)
     return in_random_order(random, dealt, left, [one.shape for one in classes], ranks)
 

@@ -72,10 +72,11 @@ def check_vocabulary(store: TokenStore, vocabulary_size: int, encoder: SampleEnc
     if store.facts.largest_id < vocabulary_size:
         return
     for index in range(store.facts.rows):
-        id = int(store.tokens(index)[0].max())
+        row = store.row(index)
+        id = int(row.ids.max())
         if id >= vocabulary_size:
             raise DataError(
-                f"{store.source_of(index)}: token {encoder.encoder.token(id)!r} has id {id}, but the model's "
+                f"{row.source}: token {encoder.encoder.token(id)!r} has id {id}, but the model's "
                 f"vocabulary ends at {vocabulary_size - 1}. Tokenizer and model do not belong together: load the "
                 "model's own tokenizer, or enlarge its embedding."
             )

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from attrs import asdict, frozen
 
-from mlx_trainer.data.batch import LENGTH_STEP, padded_length
 from mlx_trainer.data.example import BEGIN, END, Example
+from mlx_trainer.data.loader import Layout
 from mlx_trainer.data.pipeline import DataPipeline
+from mlx_trainer.data.shapes import Shape
 from mlx_trainer.data.summary import DataSummary
 
-MAX_SHAPES = 16
 MAX_PADDING_SHARE = 0.25
 MIN_TRAINED_SHARE = 0.01
 
@@ -32,6 +32,7 @@ class DataReport:
     epoch_positions: int
     steps_per_epoch: int
     total_steps: int
+    layout: Layout = "padded"
     examples: tuple[Example, ...] = ()
 
     @property
@@ -68,6 +69,7 @@ class DataReport:
         return asdict(self.summary) | {
             "trained_share": self.trained_share,
             "batches": self.batches,
+            "layout": self.layout,
             "shapes": self.shapes,
             "padding_share": self.padding_share,
             "positions_per_token": self.positions_per_token,
@@ -94,20 +96,26 @@ def report_on(
     The figures come from lengths and the plan alone, so that no batch is made for them.
     """
     loader = pipeline.train_loader()
-    lengths = np.array([len(row) for row in loader.rows])
     planned = loader.plan(0)
-    shapes = [(len(rows), padded_length(int(lengths[rows].max()), loader.max_seq_length)) for rows in planned]
     steps = math.ceil(len(planned) / accumulate)
+    positions = np.array([positions_of(shape, loader.layout) for shape in planned.shapes], np.int64)
+    lengths = loader.rows.lengths[loader.row_numbers(0, planned.order)]
     return DataReport(
         summary=pipeline.summary,
         batches=len(planned),
-        shapes=len(set(shapes)),
-        epoch_tokens=int(lengths.sum()),
-        epoch_positions=sum(rows * length for rows, length in shapes),
+        shapes=loader.shapes,
+        epoch_tokens=int(lengths.sum(dtype=np.int64)),
+        epoch_positions=int(positions[planned.classes].sum()),
         steps_per_epoch=steps,
         total_steps=epochs * steps if max_steps is None else min(epochs * steps, max_steps),
+        layout=loader.layout,
         examples=tuple(examples),
     )
+
+
+def positions_of(shape: Shape, layout: Layout) -> int:
+    """The positions that a batch computes."""
+    return shape.tokens if layout == "unpadded" else shape.rows * shape.length
 
 
 def warnings_of(report: DataReport) -> list[str]:
@@ -141,15 +149,10 @@ def batch_warnings(report: DataReport) -> Warnings:
     """Batches that cost more than they need, or train next to nothing."""
     return (
         (
-            report.shapes > MAX_SHAPES,
-            f"batches have {report.shapes:,} shapes, more than {MAX_SHAPES}, and each is compiled once; "
-            "a lower model.max_seq_length gives fewer",
-        ),
-        (
             report.padding_share > MAX_PADDING_SHARE,
             f"{report.padding_share:.1%} of the positions are padding, more than {MAX_PADDING_SHARE:.0%}; "
-            f"batches are padded to their longest row and a multiple of {LENGTH_STEP}, so a smaller "
-            "training.batch_size or rows of more even length give less",
+            "each row is padded to the next of few lengths: a larger data.max_shapes or a smaller training.batch_size "
+            "gives less",
         ),
         (
             report.trained_share < MIN_TRAINED_SHARE,

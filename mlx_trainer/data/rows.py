@@ -7,25 +7,8 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from mlx_trainer.data.store import TokenStore
-from mlx_trainer.data.tokenizer import BoolArray, IntArray
-
-
-@frozen(eq=False)
-class TokenRow:
-    """One row: `source` as in `chats.jsonl:12`, its ids and which of them are trained, both (length,)."""
-
-    source: str
-    ids: IntArray
-    trained: BoolArray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def trained_tokens(self) -> int:
-        """How many of the row's labels count."""
-        return int(np.count_nonzero(self.trained))
+from mlx_trainer.data.store import TokenRow, TokenStore
+from mlx_trainer.data.tokenizer import IntArray
 
 
 @frozen(eq=False)
@@ -54,7 +37,7 @@ class Rows(Sequence[TokenRow]):
         if isinstance(i, slice):
             return self.take(i)
         store, index = self.stores[self._store[i]], int(self._index[i])
-        return TokenRow(store.source_of(index), *store.tokens(index))
+        return store.row(index)
 
     def __iter__(self) -> Iterator[TokenRow]:
         return (self[i] for i in range(len(self)))

@@ -80,6 +80,23 @@ class StoreFacts:
 
 
 @frozen(eq=False)
+class TokenRow:
+    """One row: `source` as in `chats.jsonl:12`, its ids and which of them are trained, both (length,)."""
+
+    source: str
+    ids: IntArray
+    trained: BoolArray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many of the row's labels count."""
+        return int(np.count_nonzero(self.trained))
+
+
+@frozen(eq=False)
 class TokenStore:
     """A complete store, mapped into memory; `source` is the name by which its rows are told."""
 
@@ -92,7 +109,7 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path, source: str) -> Self | None:
-        """The store in `folder`; None where there is none, or where its files have not the sizes that they must have."""
+        """The store in `folder`; None where there is none, or where its files have other sizes than they must."""
         try:
             facts = StoreFacts.from_json((folder / FACTS).read_text(encoding="utf-8"))
             ids = np.dtype(f"<u{facts.id_bytes}")
@@ -111,20 +128,15 @@ class TokenStore:
         """A field of all rows, copied, (rows,)."""
         return self._rows.copy(slice(None))[name].copy()
 
-    def source_of(self, index: int) -> str:
-        """Where a row stands, such as `chats.jsonl:12`."""
-        row = self._rows.copy(slice(index, index + 1))[0]
-        part = f" part {row['part']}" if row["part"] else ""
-        return f"{self.source}:{row['line']}{part}"
-
-    def tokens(self, index: int) -> tuple[IntArray, BoolArray]:
-        """Ids and mask of a row; raises DataError where they are not what was written."""
-        row = self._rows.copy(slice(index, index + 1))[0]
-        place = slice(int(row["start"]), int(row["start"]) + int(row["length"]))
-        ids, trained = self._ids.copy(place).astype(np.int32), self._trained.copy(place)
-        if len(ids) != row["length"] or ids.max(initial=0) > self.facts.largest_id:
-            raise DataError(f"{self.folder} is damaged at {self.source_of(index)}. Remove it; it will be made again.")
-        return ids, trained
+    def row(self, index: int) -> TokenRow:
+        """A row; raises DataError where it is not what was written, as an id too large would crash MLX."""
+        start, _, _, line, length, trained, part, _ = self._rows.copy(slice(index, index + 1))[0].tolist()
+        place = slice(start, start + length)
+        source = f"{self.source}:{line} part {part}" if part else f"{self.source}:{line}"
+        row = TokenRow(source, self._ids.copy(place).astype(np.int32), self._trained.copy(place))
+        if (len(row), row.trained_tokens) != (length, trained) or row.ids.max(initial=0) > self.facts.largest_id:
+            raise DataError(f"{self.folder} is damaged at {source}. Remove it; it will be made again.")
+        return row
 
 
 class MappedArray:

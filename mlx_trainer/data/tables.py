@@ -61,7 +61,8 @@ class DatasetSource:
         """
         number = 0
         for number, row in enumerate(plain(self.table), start=1):
-            yield Line(number, row_of(row))
+            value = row_of(row)
+            yield Line(number, value, letters(value))
             if progress is not None and number % TOLD_TOGETHER == 0:
                 progress(TOLD_TOGETHER)
         if progress is not None and number % TOLD_TOGETHER:
@@ -106,3 +107,12 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def letters(value: object) -> int:
+    """How many letters the texts in `value` have, which is about what its line would take on disk."""
+    if isinstance(value, dict):
+        return sum(map(letters, value.values()))
+    if isinstance(value, list):
+        return sum(map(letters, value))
+    return len(value) if isinstance(value, str) else 0

@@ -51,7 +51,7 @@ class Tokens:
     trained: BoolArray
 
     @classmethod
-    def of(cls, ids: Sequence[int], trained: Sequence[bool] | BoolArray) -> Self:
+    def of(cls, ids: Sequence[int] | IntArray, trained: Sequence[bool] | BoolArray) -> Self:
         """Tokens of plain lists of equal length."""
         mask = np.array(trained, dtype=np.bool_)
         mask[:1] = False
@@ -98,6 +98,11 @@ class TextEncoder:
         """Ids of each text, and for each id the letter at which it ends; slower than `encode`."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in encodings]
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that a text can have."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values())
 
     def control_id(self, name: str) -> int | None:
         """Id of the control token `name`, None where the vocabulary has none or holds it as plain text."""

@@ -1,8 +1,8 @@
 """A batch without padding: the tokens of all rows one behind the other, and a grid of them for attention alone.
 
-Embedding, norms, linear layers and the MLP see `positions` tokens, nearly all of them real. Attention needs rows: `grid`
-gathers the positions into (rows, length), `cells` takes them back. The head sees only the positions that predict a
-trained token.
+Embedding, norms, linear layers and the MLP see `positions` tokens, nearly all of them real. Attention needs rows:
+`grid` gathers the positions into (rows, length), `cells` takes them back. The head sees only the positions that
+predict a trained token.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ import numpy as np
 from attrs import frozen
 
 from mlx_trainer.data.batch import IGNORED, BatchMetadata
-from mlx_trainer.data.rows import TokenRow
 from mlx_trainer.data.shapes import Shape
+from mlx_trainer.data.store import TokenRow
 from mlx_trainer.data.tokenizer import IntArray
 
 

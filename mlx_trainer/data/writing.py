@@ -84,10 +84,10 @@ class StoreWriter:
             counts=dict(self._counts),
             told=self._told,
         )
-        with (self.folder / FACTS).open("w", encoding="utf-8") as file:
-            file.write(facts.to_json())
-            file.flush()
-            os.fsync(file.fileno())
+        with (self.folder / FACTS).open("w", encoding="utf-8") as written:
+            written.write(facts.to_json())
+            written.flush()
+            os.fsync(written.fileno())
         return facts
 
     def _parse(self, line: Line) -> Parsed | None:

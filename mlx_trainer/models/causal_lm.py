@@ -130,12 +130,12 @@ class CausalLMModule(TrainerModule):
 
     def count(self, batch: Any) -> Mapping[str, int]:
         """Return the rows, real tokens and trained tokens of a batch, and the positions computed for them."""
-        data, (rows, length) = batch.metadata, batch.input_ids.shape
+        data = batch.metadata
         return {
-            "rows": rows,
+            "rows": len(data.rows),
             "tokens": data.tokens,
             "trained_tokens": data.trained_tokens,
-            "positions": rows * length,
+            "positions": data.positions,
         }
 
     def generate(
