@@ -58,7 +58,7 @@ def test_a_dataset_gives_the_rows_of_its_file(
         ours, theirs = getattr(dataset, side), getattr(file, side)
         assert [row.ids.tolist() for row in ours] == [row.ids.tolist() for row in theirs]
         assert [row.source for row in ours] == [row.source.replace("chats.jsonl", "dataset") for row in theirs]
-    assert "the dataset dataset: 9 prompt/completion rows" in caplog.text
+    assert "dataset: 9 prompt/completion rows" in caplog.text
 
 
 def test_nulls_are_absent_columns() -> None:
@@ -90,7 +90,7 @@ def test_splits(caplog: pytest.LogCaptureFixture, held_out: str) -> None:
     sources = find_sources(tables(**{"train": 3, held_out: 2, "test": 1}))
     assert (names(sources.train), names(sources.validation)) == (["train"], [held_out])
     assert values(sources.validation[0]) == [{"text": f"{held_out} says 0"}, {"text": f"{held_out} says 1"}]
-    assert "the dataset test is left alone: no row of it is read" in caplog.text
+    assert "dataset test is left alone: no row of it is read" in caplog.text
     assert find_sources(tables(train=3, test=1)).validation == ()
 
 
@@ -117,7 +117,7 @@ def test_datasets_that_cannot_be_used() -> None:
     ):
         with pytest.raises(DataError, match=message):
             find_sources(data, held_out)
-    with pytest.raises(DataError, match=r"^the dataset dataset has no row\."):
+    with pytest.raises(DataError, match=r"^dataset has no row\."):
         list(find_sources(table("a", 0)).train[0].lines())
 
 
@@ -129,7 +129,7 @@ def test_several_datasets(write_rows: WriteRows, caplog: pytest.LogCaptureFixtur
     sources = find_sources(data)
     assert names(sources.train) == [f"dataset-{t._fingerprint[:8]}" for t in (one, other)] + ["train", "chats.jsonl"]
     assert sources.validation == ()
-    assert "the dataset validation is left alone" in caplog.text
+    assert "dataset validation is left alone" in caplog.text
     with pytest.raises(DataError, match=r"^dataset-\w{8} is given 2 times"):
         find_sources([one, one])
 
