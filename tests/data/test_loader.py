@@ -172,8 +172,8 @@ def test_shapes_are_told_ahead(rows: Rows) -> None:
 
 def test_unpadded_batches_have_two_shapes_a_class(tmp_path: Path) -> None:
     """Over many epochs, unpadded batches have at most two shapes of each class: usual predictions, or any."""
-    few_answers = [([1] * 20, [False] * 4 + [i % 3 == 0] * 16) for i in range(40)]
-    uneven = Rows.of([write_store(tmp_path, few_answers)])
+    answers = [([1] * 20, [k > 17 - 15 * (i % 7 == 0) for k in range(20)]) for i in range(43)]
+    uneven = Rows.of([write_store(tmp_path, answers)])
     loaded = loader(uneven, layout="unpadded", budget=Budget(rows=4, max_shapes=2))
     shapes = {(batch.input_ids.shape, batch.targets.shape) for _ in range(20) for batch in loaded}
     assert len(shapes) == 2

@@ -91,7 +91,7 @@ def test_several_files_are_one(write_rows: WriteRows, tokenizer: PreTrainedToken
     ):
         assert [renamed[row.source] for row in rows_whole] == [row.source for row in rows_joined]
         assert [row.ids.tolist() for row in rows_whole] == [row.ids.tolist() for row in rows_joined]
-        assert [row.number for row in rows_whole] == [row.number for row in rows_joined]
+        assert rows_whole.numbers.tolist() == rows_joined.numbers.tolist()
     assert joined.summary == whole.summary
 
 
