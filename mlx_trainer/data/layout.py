@@ -72,7 +72,8 @@ def not_due(message: Message, due: Sequence[Role], waiting: int, layout: Layout)
         order = f"a message of {tool} answers a call of the {assistant} message before it, and here is none left"
     else:
         order = f"an optional system message, then {user} and {assistant} in turn"
-    return f"{layout.name(message.role)!r} where {layout.name(due[-1])!r} is due; {order}"
+    wanted = " or ".join(repr(layout.name(role)) for role in due if role != "system")
+    return f"{layout.name(message.role)!r} where {wanted} is due; {order}"
 
 
 def check_trained(messages: Sequence[Message], key: str, layout: Layout = MESSAGES) -> None:

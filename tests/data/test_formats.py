@@ -170,7 +170,8 @@ def test_every_conversation_is_kept_whole(messages: list[dict[str, Any]]) -> Non
 def written_as(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A row of messages, of which the answers of earlier turns have weight 0 or all have none, in every fitting format.
 
-    What a format cannot hold is not written in it: Alpaca no tools and no weights, a pair of texts no second turn.
+    What a format cannot hold is not written in it: Alpaca no tools, no weights and no system message without text, a
+    pair of texts no second turn.
     """
     messages, tools = row["messages"], {"tools": row["tools"]} if "tools" in row else {}
     rows: dict[str, dict[str, Any]] = {"messages": row}
@@ -182,8 +183,8 @@ def written_as(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if not any(m.get("weight") == 0 for m in messages[first:]):
         prompt = [{key: m[key] for key in m if key != "weight"} for m in messages[:first]]
         rows["prompt/completion"] = {"prompt": prompt, "completion": messages[first:], **tools}
-    if not tools and not weighted:
-        system = [m["content"] for m in messages if m["role"] == "system"]
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    if not tools and not weighted and system != [""]:
         texts = [m["content"] for m in messages if m["role"] != "system"]
         *history, (question, answer) = zip(texts[::2], texts[1::2], strict=True)
         rows["Alpaca"] = {"instruction": question, "output": answer, "history": list(map(list, history))}

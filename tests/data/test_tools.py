@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mistral_common.exceptions import InvalidToolSchemaException
 
 from mlx_trainer.data.call_ids import nine_letters
 from mlx_trainer.data.conversation import Conversation, Message, RowError, Tool, ToolCall
@@ -121,7 +122,10 @@ MANY = {**CALLS, "tool_calls": [CALL, {**CALL, "id": "secondcal"}]}
         ([USER, CALLS, USER], r"messages\[2\].role: 'user' where 'tool' is due; 1 of the calls before it have no"),
         ([USER, MANY, RESULT, ASSISTANT], r"messages\[3\].role: 'assistant' where 'tool' is due; 1 of the calls"),
         ([USER, RESULT], r"messages\[1\].role: 'tool' where 'assistant' is due; a message of tool answers a call"),
-        ([USER, CALLS, RESULT, RESULT], r"messages\[3\].role: 'tool' where 'user' is due; .* here is none left"),
+        (
+            [USER, CALLS, RESULT, RESULT],
+            r"messages\[3\].role: 'tool' where 'assistant' or 'user' is due; .* here is none left",
+        ),
         ([USER, CALLS, RESULT], r"messages\[2\].role: ends with 'tool'; nothing to train after it"),
         ([USER, CALLS, {**RESULT, "tool_call_id": "x"}, ASSISTANT], r"messages\[2\].tool_call_id: 'x' is of no call"),
         ([USER, MANY, RESULT, RESULT, ASSISTANT], r"messages\[3\].tool_call_id: 'abc123XYZ' is of no call that waits"),
@@ -228,6 +232,15 @@ def test_a_call_at_the_end_without_id_has_none() -> None:
     assert isinstance(tokens, Tokens)
     assert (tokens.ids.tolist(), tokens.ids[tokens.trained].tolist()) == expected(row)
     assert decoded(row)[1] == '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}}]</s>'
+
+
+def test_a_schema_is_written_as_it_is() -> None:
+    """Parameters need not be a valid JSON schema, which mistral-common asks; keys it does not know are left out."""
+    function = {**DEFINITION, "parameters": {"type": "no type"}, "strict": True, "returns": {"type": "string"}}
+    whole, _ = decoded({**ROW, "tools": [{"type": "function", "function": function}]})
+    assert '"parameters": {"type": "no type"}}}][/AVAILABLE_TOOLS]' in whole
+    with pytest.raises(InvalidToolSchemaException):
+        expected({**ROW, "tools": [{"type": "function", "function": function}]})
 
 
 def test_ids_that_rows_lack_are_made() -> None:
