@@ -125,7 +125,7 @@ class ChatMaker:
     def row(self) -> dict[str, Any]:
         """One to four turns, in which the assistant may call tools before it answers; the last message may be a call.
 
-        Some rows have weights, of which one is 1.
+        Now and then the next question comes right after the results. Some rows have weights, of which one is 1.
         """
         messages: list[dict[str, Any]] = []
         has_tools, ends_with_call = (self.random.random() < share for share in (0.6, 0.2))
@@ -135,6 +135,9 @@ class ChatMaker:
             messages.append({"role": "user", "content": self.text()})
             for _ in range(self.random.choice((0, 1, 2)) if has_tools else 0):
                 messages += self.calls(answered=True)
+            if messages[-1]["role"] == "user" or self.random.random() < 0.6:
+                messages.append({"role": "assistant", "content": self.answer()})
+        if messages[-1]["role"] == "tool":
             messages.append({"role": "assistant", "content": self.answer()})
         if has_tools and ends_with_call:
             messages[-1:] = self.calls(answered=False)

@@ -72,14 +72,15 @@ def not_due(message: Message, due: Sequence[Role], waiting: int, layout: Layout)
         order = f"a message of {tool} answers a call of the {assistant} message before it, and here is none left"
     else:
         order = f"an optional system message, then {user} and {assistant} in turn"
-    return f"{layout.name(message.role)!r} where {layout.name(due[-1])!r} is due; {order}"
+    wanted = " or ".join(repr(layout.name(role)) for role in due if role != "system")
+    return f"{layout.name(message.role)!r} where {wanted} is due; {order}"
 
 
 def check_trained(messages: Sequence[Message], key: str, layout: Layout = MESSAGES) -> None:
     """Raise RowError naming the list `key` where it has no answer, or every one has weight 0."""
-    user, assistant = layout.name("user"), layout.name("assistant")
-    answers = [message for message in messages if message.role == "assistant"]
-    if not answers:
-        raise RowError(f"{key}: no {user} and {assistant} message")
-    if not any(answer.weight for answer in answers):
+    weights = [message.weight for message in messages if message.role == "assistant"]
+    if not any(weights):
+        user, assistant = layout.name("user"), layout.name("assistant")
+        if not weights:
+            raise RowError(f"{key}: no {user} and {assistant} message")
         raise RowError(f"{key}: every {assistant} message has weight 0, so nothing would be trained")

@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 
+from mlx_trainer.data.call_ids import link_results
 from mlx_trainer.data.conversation import Conversation, Message, Role, RowError, Tool, ToolCall
 from mlx_trainer.data.fields import JsonObject, checked_text, json_in, json_type, text_at, within
 from mlx_trainer.data.layout import Layout, Place, check_order, check_trained
-from mlx_trainer.data.tools import link_results, parse_calls, result_json
+from mlx_trainer.data.tools import parse_calls, result_json
 
 
 def parse_list(value: object, key: str, layout: Layout, *, trained: bool = True) -> list[Message]:
     """The messages of the list `row[key]`; in one that is not `trained`, answers have weight 0. Raises RowError."""
     if not isinstance(value, list):
-        raise RowError(f"{key}: expected a list of messages, got {json_type(value)}")
+        raise RowError(f"{key}: expected a list, got {json_type(value)}")
     messages: list[Message] = []
     for item in value:
         try:

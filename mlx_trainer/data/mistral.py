@@ -5,21 +5,17 @@ strings cannot do this: a control token written in a row would become one, and t
 system message of every training row.
 """
 
-import json
-import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Self
 
 from attrs import frozen
 
-from mlx_trainer.data.conversation import Conversation, Message, RowError, Tool, ToolCall
+from mlx_trainer.data.conversation import Conversation, Message, RowError
+from mlx_trainer.data.mistral_json import written_calls, written_result, written_tools
 from mlx_trainer.data.sheet import Sheet
 from mlx_trainer.data.tokenizer import ChatTokenizer, TextEncoder, Tokens
-from mlx_trainer.data.tools import nine_letters, result_json
 
 SYSTEM_SEPARATOR = "\n\n"
-CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 TOOL_TOKENS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 
 
@@ -76,13 +72,15 @@ class MistralFormat:
 
     def refusal(self, conversation: Conversation) -> RowError | None:
         """Why the conversation cannot be written: a message has words and calls, or there are no tokens for tools."""
+        has_tools = bool(conversation.tools)
         for number, message in enumerate(conversation.messages):
-            if message.tool_calls and message.content:
-                return RowError(
-                    f"messages[{number}].content: text beside tool_calls, of which Mistral's format holds one; "
-                    "leave the text out, or give it as an answer of its own"
-                )
-        has_tools = conversation.tools or any(message.tool_calls for message in conversation.messages)
+            if message.tool_calls:
+                has_tools = True
+                if message.content:
+                    return RowError(
+                        f"messages[{number}].content: text beside tool_calls, but a message of Mistral's format holds "
+                        "only one of them; leave the text out"
+                    )
         if has_tools and self.tools is None:
             return RowError(f"tools: the tokenizer lacks some of Mistral's tokens for tools, {', '.join(TOOL_TOKENS)}")
         return None
@@ -90,7 +88,9 @@ class MistralFormat:
     def write(self, conversation: Conversation, sheet: Sheet) -> None:
         """Write one row; definitions of tools and the system text go before the last user text."""
         messages = conversation.messages
-        last_user = max(i for i, message in enumerate(messages) if message.role == "user")
+        last_user = len(messages) - 1
+        while messages[last_user].role != "user":
+            last_user -= 1
         sheet.control(self.bos)
         for number, message in enumerate(messages):
             if message.role == "assistant":
@@ -124,44 +124,6 @@ class MistralFormat:
         else:
             sheet.text(self.blank + message.content.rstrip(" "), trained)
         sheet.control(self.eos, trained)
-
-
-@lru_cache(maxsize=256)
-def written_tools(tools: tuple[Tool, ...]) -> str:
-    """The definitions as JSON, each with name, description and parameters alone, in this order."""
-    functions = [json.loads(tool.definition)["function"] for tool in tools]
-    definitions = [
-        {
-            "type": "function",
-            "function": {
-                "name": function["name"],
-                "description": function.get("description") or "",
-                "parameters": function.get("parameters") or {},
-            },
-        }
-        for function in functions
-    ]
-    return json.dumps(definitions, ensure_ascii=False)
-
-
-def written_calls(calls: Sequence[ToolCall]) -> str:
-    """Calls as JSON; the id is left out where there is none."""
-    written = (
-        f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}'
-        + (f', "id": "{mistral_id(call.id)}"}}' if call.id else "}")
-        for call in calls
-    )
-    return f"[{', '.join(written)}]"
-
-
-def written_result(message: Message) -> str:
-    """A result as JSON, its content as the JSON it holds or as a string."""
-    return f'{{"content": {result_json(message.content)}, "call_id": "{mistral_id(message.tool_call_id or "")}"}}'
-
-
-def mistral_id(id: str) -> str:
-    """The id of a call as Mistral knows it: nine letters and digits stay, others such as `call_…` become such ones."""
-    return id if CALL_ID.fullmatch(id) else nine_letters(id)
 
 
 def rendered_probe(tokenizer: ChatTokenizer) -> object:

@@ -9,6 +9,7 @@ from mlx_trainer.data.messages import checked_messages, parse_list
 from mlx_trainer.data.tools import parse_tools
 
 SIDES = ("chosen", "rejected")
+SAME = "chosen, rejected: the same, so neither can be preferred"
 
 
 def parse_preference(row: JsonObject) -> Preference:
@@ -21,23 +22,19 @@ def parse_preference(row: JsonObject) -> Preference:
     key = layout.messages if layout is SHAREGPT else "prompt"
     given = parse_prompt(row, key, layout)
     chosen, rejected = (parse_side(row, side, layout) for side in SIDES)
-    begun = [bool(side) and side[0].role != "assistant" for side in (chosen, rejected)]
-    if not any(begun) and not given:
+    whole = any(side and side[0].role != "assistant" for side in (chosen, rejected))
+    prompt = shared_prompt(chosen, rejected) if whole else given
+    if not prompt:
         raise RowError(f"{key}: missing or empty; it is needed where chosen and rejected hold the answers alone")
-    if any(begun):
-        prompt = shared_prompt(chosen, rejected)
-        if any(message not in prompt for message in given):
-            raise RowError(f"{key}: not what both chosen and rejected begin with; repair it or leave it out")
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        keys = SIDES
-    else:
-        prompt, keys = given, (key, key)
+    if any(message not in prompt for message in given):
+        raise RowError(f"{key}: not what both chosen and rejected begin with; repair it or leave it out")
+    skipped = len(prompt) if whole else 0
     (asked, better), (_, worse) = (
-        continued(prompt, side, paths, layout)
-        for side, paths in ((chosen, (keys[0], "chosen")), (rejected, (keys[1], "rejected")))
+        continued(prompt, messages[skipped:], side, side if whole else key, layout)
+        for side, messages in zip(SIDES, (chosen, rejected), strict=True)
     )
     if better == worse:
-        raise RowError("chosen, rejected: the same, so neither can be preferred")
+        raise RowError(SAME)
     return Preference(asked, better, worse, parse_tools(row))
 
 
@@ -65,7 +62,7 @@ def shared_prompt(chosen: list[Message], rejected: list[Message]) -> list[Messag
     while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
         count += 1
     if count == len(chosen) == len(rejected):
-        raise RowError("chosen, rejected: the same, so neither can be preferred")
+        raise RowError(SAME)
     parting = [side[count].role if count < len(side) else "nothing" for side in (chosen, rejected)]
     if parting != ["assistant", "assistant"]:
         raise RowError(
@@ -76,12 +73,15 @@ def shared_prompt(chosen: list[Message], rejected: list[Message]) -> list[Messag
 
 
 def continued(
-    prompt: list[Message], side: list[Message], keys: tuple[str, str], layout: Layout
+    prompt: list[Message], side: list[Message], key: str, prompt_key: str, layout: Layout
 ) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """The prompt and one side, checked as one conversation; `keys` are the lists of the row that hold the two."""
-    own = 0 if keys[0] == keys[1] else len(prompt)
-    messages = checked_messages(
-        [*prompt, *side], lambda i: f"{keys[i >= len(prompt)]}[{i - own if i >= len(prompt) else i}]", layout
-    )
-    check_trained(side, keys[1], layout)
-    return messages[: len(prompt)], messages[len(prompt) :]
+    """The prompt and the side `key`, checked as one conversation; `prompt_key` is the list that holds the prompt."""
+    count = len(prompt)
+
+    def place(number: int) -> str:
+        in_own_list = number >= count and key != prompt_key
+        return f"{key if number >= count else prompt_key}[{number - count if in_own_list else number}]"
+
+    messages = checked_messages([*prompt, *side], place, layout)
+    check_trained(side, key, layout)
+    return messages[:count], messages[count:]

@@ -6,7 +6,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from mlx_trainer.data.conversation import Conversation, Message, RowError, Tool
+from mlx_trainer.data.conversation import Conversation, Message, RowError, Tool, ToolCall
 from mlx_trainer.data.tokenizer import ChatTokenizer
 
 PROBE = "probe{}of{}"
@@ -27,6 +27,33 @@ class Renderer:
             )
         )
 
+    def around_answers(self, conversation: Conversation) -> list[str] | RowError:
+        """For each answer what stands before it, as when it is asked for, and the row up to its end."""
+        from jinja2 import TemplateError
+
+        texts: list[str] = []
+        for number in answer_numbers(conversation):
+            try:
+                texts += self.render(conversation, number, prompt=True), self.render(conversation, number + 1)
+            except (TemplateError, TypeError) as error:
+                return RowError(
+                    f"messages[{number}]: the chat template cannot write the part before this answer by itself, so the "
+                    f"answer's tokens cannot be told: {error}"
+                )
+        return texts
+
+    def refusal(self, conversation: Conversation) -> RowError | None:
+        """Why the template does not write the row: it fails, or leaves out tools."""
+        from jinja2 import TemplateError
+
+        try:
+            self.render(conversation, len(conversation.messages))
+            if conversation.tools or any(message.tool_calls for message in conversation.messages):
+                return self.left_out(conversation)
+        except (TemplateError, TypeError) as error:
+            return RowError(f"messages: the chat template refuses them: {error}")
+        return None
+
     def left_out(self, conversation: Conversation) -> RowError | None:
         """Which of the row's tools, calls or results the template leaves out, if any.
 
@@ -44,25 +71,30 @@ class Renderer:
         return None
 
 
+def answer_numbers(conversation: Conversation) -> list[int]:
+    """Where the assistant's messages stand."""
+    return [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
+
+
 def as_objects(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages in OpenAI's form, but with arguments as objects: as text, templates would quote them once more."""
-    return [
-        {"role": m.role, "content": m.content}
-        | (
-            {"tool_calls": [call_object(call.name, call.arguments, call.id) for call in m.tool_calls]}
-            if m.tool_calls
-            else {}
-        )
-        | ({"tool_call_id": m.tool_call_id} if m.tool_call_id else {})
-        | ({"name": m.name} if m.name else {})
-        for m in messages
-    ]
+    objects = []
+    for message in messages:
+        written: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            written["tool_calls"] = [call_object(call) for call in message.tool_calls]
+        if message.tool_call_id:
+            written["tool_call_id"] = message.tool_call_id
+        if message.name:
+            written["name"] = message.name
+        objects.append(written)
+    return objects
 
 
-def call_object(name: str, arguments: str, id: str | None) -> dict[str, Any]:
+def call_object(call: ToolCall) -> dict[str, Any]:
     """A call in OpenAI's form with its arguments as an object; without an id where there is none."""
-    call = {"type": "function", "function": {"name": name, "arguments": json.loads(arguments)}}
-    return call if id is None else {"id": id, **call}
+    function = {"name": call.name, "arguments": json.loads(call.arguments)}
+    return ({"id": call.id} if call.id else {}) | {"type": "function", "function": function}
 
 
 def tool_objects(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:

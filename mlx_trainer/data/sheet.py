@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from attrs import Factory, define
 
-from mlx_trainer.data.tokenizer import TextEncoder, Tokens
+from mlx_trainer.data.tokenizer import BoolArray, IntArray, TextEncoder, Tokens
 
 TEXT = -1
 """Stands for a text among the ids of control tokens."""
@@ -56,7 +56,7 @@ class Sheet:
         return slices(ids, trained, ends.tolist())
 
 
-def slices(ids: np.ndarray, trained: np.ndarray, ends: Sequence[int]) -> list[Tokens]:
+def slices(ids: IntArray, trained: BoolArray, ends: Sequence[int]) -> list[Tokens]:
     """The parts of both arrays that end at `ends`."""
     starts = [0, *ends[:-1]]
     return [Tokens(ids[a:b], trained[a:b]) for a, b in zip(starts, ends, strict=True)]

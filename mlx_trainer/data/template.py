@@ -13,7 +13,7 @@ import numpy as np
 from attrs import frozen
 
 from mlx_trainer.data.conversation import Conversation, RowError
-from mlx_trainer.data.rendering import Renderer, as_objects, tool_objects
+from mlx_trainer.data.rendering import Renderer, answer_numbers, as_objects, tool_objects
 from mlx_trainer.data.tokenizer import ChatTokenizer, TextEncoder, Tokens
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -40,19 +40,10 @@ class TemplateFormat:
 
     def refusal(self, conversation: Conversation) -> RowError | None:
         """Why the conversation cannot be rendered: a text holds a control token, or the template fails."""
-        from jinja2 import TemplateError
-
         for place, text in written_texts(conversation):
             if token := self.encoder.spelled_control(text):
                 return RowError(f"{place}: holds {token!r}, which would become a control token")
-        renderer = Renderer(self.tokenizer)
-        try:
-            if conversation.tools or any(message.tool_calls for message in conversation.messages):
-                return renderer.left_out(conversation)
-            renderer.render(conversation, len(conversation.messages))
-        except TemplateError as error:
-            return RowError(f"messages: the chat template refuses them: {error}")
-        return None
+        return Renderer(self.tokenizer).refusal(conversation)
 
     def by_marks(self, conversations: Sequence[Conversation]) -> list[Tokens | RowError]:
         """Tokens with the template's own mask; an EOS that follows a marked part is trained too, or none would stop.
@@ -70,24 +61,18 @@ class TemplateFormat:
                 tokenizer_kwargs={"verbose": False},
             )
             for i, ids, mask in zip(numbers, encoded["input_ids"], encoded["assistant_masks"], strict=True):
-                rows[i] = marked_tokens(ids, mask, self.tokenizer.eos_token_id)
+                rows[i] = marked_tokens(conversations[i], ids, mask, self.tokenizer.eos_token_id)
         return [rows[i] for i in range(len(conversations))]
 
     def by_prefixes(self, conversations: Sequence[Conversation]) -> list[Tokens | RowError]:
         """Tokens of each conversation, told by prefix differences; all prefixes are encoded in one batch."""
-        renderer = Renderer(self.tokenizer)
-        ends = [[i for i, m in enumerate(c.messages) if m.role == "assistant"] for c in conversations]
-        texts = [
-            text
-            for conversation, answers in zip(conversations, ends, strict=True)
-            for i in answers
-            for text in (renderer.render(conversation, i, prompt=True), renderer.render(conversation, i + 1))
-        ]
+        rendered = [Renderer(self.tokenizer).around_answers(conversation) for conversation in conversations]
+        texts = [text for row in rendered if not isinstance(row, RowError) for text in row]
         encoded = iter(self.encoder.encode(texts))
         eos = self.tokenizer.eos_token_id
         return [
-            told_by_prefixes(c, answers, list(islice(encoded, 2 * len(answers))), eos)
-            for c, answers in zip(conversations, ends, strict=True)
+            row if isinstance(row, RowError) else told_by_prefixes(conversation, list(islice(encoded, len(row))), eos)
+            for conversation, row in zip(conversations, rendered, strict=True)
         ]
 
 
@@ -106,20 +91,29 @@ def written_texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
             yield f"messages[{number}].tool_calls[{k}]", f"{call.arguments} {call.id}"
 
 
-def marked_tokens(ids: Sequence[int], mask: Sequence[int], eos: int | None) -> Tokens | RowError:
+def marked_tokens(
+    conversation: Conversation, ids: Sequence[int], mask: Sequence[int], eos: int | None
+) -> Tokens | RowError:
     """Tokens of one row of `return_assistant_tokens_mask`, with the EOS after each marked part."""
     trained = np.array(mask, dtype=np.bool_)
     if not trained.any():
         return RowError("messages: the template's {% generation %} marks cover no token of this row")
+    marks, answers = np.count_nonzero(np.diff(trained, prepend=False) & trained), len(conversation.answers)
+    if marks < answers:
+        return RowError(
+            f"messages: the template's {{% generation %}} marks cover {marks} of {answers} assistant messages, so the "
+            "others, such as calls of tools, would not be trained"
+        )
     if eos is not None:
         trained[1:] |= (np.array(ids[1:]) == eos) & trained[:-1]
     return Tokens.of(ids, trained)
 
 
 def told_by_prefixes(
-    conversation: Conversation, answers: Sequence[int], encoded: Sequence[Sequence[int]], eos: int | None
+    conversation: Conversation, encoded: Sequence[Sequence[int]], eos: int | None
 ) -> Tokens | RowError:
     """Tokens of one row of (prompt, up to its answer's end) ids for each answer; the last are the whole row's."""
+    answers = answer_numbers(conversation)
     whole = encoded[-1]
     trained = np.zeros(len(whole), dtype=np.bool_)
     for message, prompt, until in zip(answers, encoded[::2], encoded[1::2], strict=True):

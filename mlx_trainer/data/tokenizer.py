@@ -1,8 +1,8 @@
 """Text to ids in batches, with a copy of the tokenizer in which no text is ever read as a control token."""
 
 import re
+from array import array
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -91,8 +91,10 @@ class TextEncoder:
         """Ids of all texts one behind the other (ids,), and how many each has (texts,); one batch, on all cores."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         lengths = np.fromiter(map(len, encodings), dtype=np.int32, count=len(encodings))
-        ids = chain.from_iterable(encoding.ids for encoding in encodings)
-        return np.fromiter(ids, dtype=np.int32, count=int(lengths.sum())), lengths
+        ids = array("i")
+        for encoding in encodings:
+            ids.fromlist(encoding.ids)
+        return np.frombuffer(ids, dtype=np.int32), lengths
 
     def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Ids of each text, and for each id the letter at which it ends; slower than `encode`."""
