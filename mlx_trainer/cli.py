@@ -18,7 +18,7 @@ from attrs import frozen
 
 from mlx_trainer import __version__
 from mlx_trainer.config import Config, ConfigError, ModelConfig, load_config, to_yaml, unwise
-from mlx_trainer.config.arguments import Parser, add_options, overrides
+from mlx_trainer.config.arguments import Parser, add_options, dataset_of, overrides
 
 PROGRAM = "mlx-trainer"
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -40,7 +40,7 @@ FILES = {
     "nargs": "*",
     "default": [],
     "metavar": "FILE",
-    "help": "configurations (.yaml, .json; later ones win) or one data file",
+    "help": "configurations (.yaml, .json; later ones win) and data files, with a weight as in chats.jsonl=0.5",
 }
 ADAPTER = {"metavar": "DIR", "help": "folder of a trained adapter, such as runs/chats/adapter"}
 Given = Mapping[str, Any]
@@ -132,13 +132,11 @@ Fine-tune a language model on your own JSONL.
 
 
 def config_of(given: Given) -> Config:
-    """Return defaults < files < command line; a data file on the command line is `data.dataset_path`."""
+    """Return defaults < files < command line; data files on the command line are `data.dataset_path`."""
     files, data = split_inputs(given["inputs"])
-    if len(data) > 1:
-        raise ConfigError(f"{' and '.join(data)}: give one data file; configurations end in .yaml, .yml or .json")
     values = overrides(given)
     if data:
-        values["data.dataset_path"] = data[0]
+        values["data.dataset_path"] = dataset_of(data)
     return load_config(*files, overrides=values)
 
 
