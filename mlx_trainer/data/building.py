@@ -34,11 +34,12 @@ def open_store(source: Source, recipe: Recipe, cache: Path) -> TokenStore:
     with explained(cache):
         folder = cache / "tokens"
         folder.mkdir(parents=True, exist_ok=True)
-        place = folder / recipe.key(source.fingerprint(cache / "files"))
+        fingerprint = source.fingerprint(cache / "files")
+        place = folder / recipe.key(fingerprint)
         store = found(place, source.name)
         if store is None:
             with locked(place.with_suffix(".lock"), source.name):
-                store = found(place, source.name) or build(source, recipe, place)
+                store = found(place, source.name) or build(source, recipe, place, cache / "files", fingerprint)
         return store
 
 
@@ -50,8 +51,11 @@ def found(place: Path, name: str) -> TokenStore | None:
     return store
 
 
-def build(source: Source, recipe: Recipe, place: Path) -> TokenStore:
-    """Make the store of `source` beside `place`, then put it there in one step."""
+def build(source: Source, recipe: Recipe, place: Path, memory: Path, fingerprint: str) -> TokenStore:
+    """Make the store of `source` beside `place`, then put it there in one step.
+
+    Raises DataError where the source has another `fingerprint` in the end.
+    """
     for remains in (*place.parent.glob(f"{place.name}.*.partial"), *unused(place.parent)):
         shutil.rmtree(remains, ignore_errors=True)
     beside = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=".partial", dir=place.parent))
@@ -60,6 +64,8 @@ def build(source: Source, recipe: Recipe, place: Path) -> TokenStore:
             for lines in parts(source.lines(progress)):
                 writer.add(lines)
             writer.finish()
+        if source.fingerprint(memory) != fingerprint:
+            raise DataError(f"{source.location} changed while it was read. Start again when nothing writes to it.")
         shutil.rmtree(place, ignore_errors=True)  # what is there is not whole, or it would have been used
         beside.rename(place)
         sync_folder(place.parent)

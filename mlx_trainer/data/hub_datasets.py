@@ -22,9 +22,9 @@ logger = logging.getLogger("mlx_trainer.data")
 
 def is_dataset(data: object) -> bool:
     """Whether `data` is a Hugging Face dataset of whatever kind; does not import the package."""
-    module = sys.modules.get("datasets")
+    module = sys.modules.get("datasets")  # or a folder of the user's of that name
     kinds = ("Dataset", "DatasetDict", "IterableDataset", "IterableDatasetDict")
-    return module is not None and isinstance(data, tuple(getattr(module, kind) for kind in kinds))
+    return any(isinstance(data, getattr(module, kind, ())) for kind in kinds)
 
 
 def splits_of(data: object, name: str | None = None) -> dict[str, DatasetSource]:

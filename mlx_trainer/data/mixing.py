@@ -48,12 +48,12 @@ class Mixture:
         if self._order is None or self._first is None or self._size is None:
             return places
         # A place begins its turns anywhere, else the shortest rows of all places would come in the same epoch.
-        turns = (places * 2654435761 + seed + epoch) % self._size[places]
+        turns = (places.astype(np.int64) * 2654435761 + seed % 2**31 + epoch) % self._size[places]
         rows: NDArray[np.integer] = self._order[self._first[places] + turns]
         return rows
 
 
 def blocks_of(rows: int, share: float) -> Lengths:
-    """Where `rows` are cut into `share` times as many nearly equal blocks; where there is a share, into one at least."""
+    """Where `rows` are cut into `share` times as many nearly equal blocks; with any share, into one at least."""
     blocks = max(round(rows * share), int(share > 0 and rows > 0))
     return np.arange(blocks + 1) * rows // max(blocks, 1)

@@ -36,7 +36,7 @@ class Rows(Sequence[TokenRow]):
     def __getitem__(self, i: int | slice) -> "TokenRow | Rows":
         if isinstance(i, slice):
             return self.take(i)
-        store, index = self.stores[self._store[i]], int(self._index[i])
+        store, index = self.stores[int(self._store[i])], int(self._index[i])
         return store.row(index)
 
     def __iter__(self) -> Iterator[TokenRow]:

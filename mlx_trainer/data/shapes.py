@@ -85,9 +85,8 @@ def cheapest_ends(costs: NDArray[np.float64], most: int) -> list[int]:
         begins.append(np.argmin(joined, axis=0) + 1)
         best.append(joined.min(axis=0))
     totals = np.array([totals[-1] for totals in best])
-    saved = totals[:-1] - totals[1:] > WORTH_A_CLASS * totals.min()
-    last = int(np.flatnonzero(saved)[-1]) + 1 if saved.any() else int(np.argmin(totals))
+    price = WORTH_A_CLASS * totals.min()
     ends = [len(costs) - 1]
-    for k in range(last, 0, -1):
+    for k in range(int(np.argmin(totals + price * np.arange(len(totals)))), 0, -1):
         ends.append(int(begins[k][ends[-1]]) - 1)
     return ends[::-1]

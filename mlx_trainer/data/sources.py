@@ -2,8 +2,8 @@
 
 import glob
 import logging
-import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -82,10 +82,10 @@ def weighted(path: Paths) -> list[tuple[Any, float]]:
     return entries
 
 
-def check_weight(entry: object, weight: object) -> None:
+def check_weight(entry: object, weight: Any) -> None:
     """Raise DataError where `weight` is no number above 0."""
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not (number and 0 < float(weight) < math.inf):  # type: ignore[arg-type]  # a number, as was just asked
+    if not (number and 0 < weight <= sys.float_info.max):
         raise DataError(
             f"The weight of {str(entry)!r} is {weight!r:.60}. It says how many times each row is used in an epoch: "
             "a number above 0, such as 0.5 or 2."

@@ -52,7 +52,7 @@ class DatasetSource:
     @property
     def location(self) -> str:
         """What messages call the dataset as a whole."""
-        return f"the dataset {self.name}"
+        return self.name if self.name.startswith("dataset") else f"dataset {self.name}"
 
     def lines(self, progress: Callable[[int], None] | None = None) -> Iterator[Line]:
         """All rows from number 1, without columns that are null; `progress` is told the rows that were read.

@@ -1,49 +1,76 @@
-"""Collating rows."""
+"""Batches, padded and unpadded: labels where they belong and nowhere else."""
+
+from pathlib import Path
 
 import numpy as np
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_trainer.data.batch import IGNORED, collate, padded_length
-from mlx_trainer.data.rows import TokenRow
+from mlx_trainer.data.batch import IGNORED, collate
+from mlx_trainer.data.shapes import Shape
+from mlx_trainer.data.store import TokenRow
+from mlx_trainer.data.unpadded import collate_unpadded
 
 
-def row(length: int, trained: list[int], number: int = 0) -> TokenRow:
-    """A row of `length` distinct ids, trained at the positions `trained`."""
-    mask = np.isin(np.arange(length), trained)
-    return TokenRow(f"chats.jsonl:{number + 1}", number, np.arange(100, 100 + length, dtype=np.int32), mask)
+@st.composite
+def rows_and_shape(draw: st.DrawFn) -> tuple[list[TokenRow], Shape]:
+    """Rows of distinct ids, of one token too, and a shape that holds them, tightly or not."""
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    rows = []
+    for i, n in enumerate(lengths):
+        trained = np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+        trained[0] = False
+        rows.append(TokenRow(f"x:{i}", np.arange(n, dtype=np.int32) + 10 * i + 1, trained))
+    shape = Shape(len(rows) + draw(st.integers(0, 2)), max(lengths) + draw(st.integers(0, 3)), 0)
+    tokens = min(sum(lengths) + draw(st.integers(0, 5)), shape.rows * shape.length)
+    return rows, Shape(shape.rows, shape.length, tokens)
 
 
-def test_a_batch_of_two_rows() -> None:
-    """Uneven rows are padded on the right; labels stand only where a row is trained."""
-    batch = collate([row(3, [2]), row(40, [5, 39], 1)], max_seq_length=50, pad_id=7)
-    assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == (2, 50)
-    assert {array.dtype for array in (batch.input_ids, batch.labels, batch.attention_mask)} == {np.dtype(np.int32)}
-    assert batch.input_ids[0].tolist() == [100, 101, 102] + [7] * 47
-    assert batch.attention_mask.sum(axis=1).tolist() == [3, 40]
-    assert np.argwhere(batch.labels != IGNORED).tolist() == [[0, 2], [1, 5], [1, 39]]
-    assert batch.labels[1, [5, 39]].tolist() == [105, 139]
-    assert batch.metadata.rows == ("chats.jsonl:1", "chats.jsonl:2")
-    assert (batch.metadata.tokens, batch.metadata.trained_tokens) == (43, 3)
+@given(rows_and_shape())
+@settings(suppress_health_check=list(HealthCheck))
+def test_padded(drawn: tuple[list[TokenRow], Shape]) -> None:
+    """Ids, mask and labels of each row stand at its left; all else is padding without a label."""
+    rows, shape = drawn
+    batch = collate(rows, shape, pad_id=99)
+    assert batch.input_ids.shape == batch.attention_mask.shape == batch.labels.shape == (shape.rows, shape.length)
+    for i in range(shape.rows):
+        row = rows[i] if i < len(rows) else TokenRow("", np.empty(0, np.int32), np.empty(0, np.bool_))
+        n = len(row)
+        assert batch.input_ids[i].tolist() == row.ids.tolist() + [99] * (shape.length - n)
+        assert batch.attention_mask[i].tolist() == [1] * n + [0] * (shape.length - n)
+        labels = [int(id) if t else IGNORED for id, t in zip(row.ids, row.trained, strict=True)]
+        assert batch.labels[i].tolist() == labels + [IGNORED] * (shape.length - n)
+    assert batch.metadata.rows == tuple(row.source for row in rows)
+    assert batch.metadata.tokens == sum(map(len, rows))
+    assert batch.metadata.trained_tokens == np.count_nonzero(batch.labels != IGNORED)
+    assert batch.metadata.positions == batch.input_ids.size
 
 
-@given(st.lists(st.tuples(st.integers(2, 90), st.data()), min_size=1, max_size=5), st.integers(90, 200))
-def test_labels_are_where_rows_are_trained(drawn: list[tuple[int, st.DataObject]], max_seq_length: int) -> None:
-    """No padding and no untrained position has a label; every trained one has its own id."""
-    rows = [row(n, data.draw(st.lists(st.integers(1, n - 1), unique=True)), i) for i, (n, data) in enumerate(drawn)]
-    batch = collate(rows, max_seq_length=max_seq_length)
-    for labels, mask, ids, source in zip(batch.labels, batch.attention_mask, batch.input_ids, rows, strict=True):
-        assert (labels[mask == 0] == IGNORED).all()
-        assert (labels[: len(source)] != IGNORED).tolist() == source.trained.tolist()
-        assert labels[labels != IGNORED].tolist() == source.ids[source.trained].tolist()
-        assert ids[: len(source)].tolist() == source.ids.tolist()
-    assert batch.metadata.trained_tokens == (batch.labels[:, 1:] != IGNORED).sum()
+@given(rows_and_shape(), st.integers(1, 12))
+@settings(suppress_health_check=list(HealthCheck))
+def test_unpadded(drawn: tuple[list[TokenRow], Shape], predictions: int) -> None:
+    """The grid holds the rows, cells are its inverse, and each trained token is predicted by the one before it."""
+    rows, shape = drawn
+    batch = collate_unpadded(rows, shape, min(predictions, shape.tokens), pad_id=99)
+    tokens = sum(map(len, rows))
+    assert batch.input_ids.tolist() == [int(id) for row in rows for id in row.ids] + [99] * (shape.tokens - tokens)
+    flat = batch.grid.reshape(-1)
+    assert flat[batch.cells[:tokens]].tolist() == list(range(tokens))
+    for i, row in enumerate(rows):
+        assert batch.input_ids[batch.grid[i, : len(row)]].tolist() == row.ids.tolist()
+    beyond = {i * shape.length + k for i, row in enumerate(rows) for k in range(len(row), shape.length)}
+    beyond |= set(range(len(rows) * shape.length, flat.size))
+    assert set(batch.cells[tokens:].tolist()) <= beyond
+    pairs = [(int(row.ids[k - 1]), int(row.ids[k])) for row in rows for k in np.flatnonzero(row.trained)]
+    real = batch.targets != IGNORED
+    told = zip(batch.input_ids[batch.predicting[real]].tolist(), batch.targets[real].tolist(), strict=True)
+    assert list(told) == pairs
+    assert len(batch.targets) == (predictions if len(pairs) <= predictions <= shape.tokens else shape.tokens)
+    assert batch.metadata.positions == shape.tokens
 
 
-@given(st.integers(1, 3000), st.integers(2, 3000))
-def test_few_shapes(length: int, max_seq_length: int) -> None:
-    """Lengths are multiples of 32 or the maximum, never shorter than the row and never a whole step longer."""
-    length = min(length, max_seq_length)
-    padded = padded_length(length, max_seq_length)
-    assert length <= padded < length + 32
-    assert padded % 32 == 0 or padded == max_seq_length
+def test_metadata_names_the_rows(tmp_path: Path) -> None:
+    """A batch tells where its rows came from, and how many tokens of them count."""
+    rows = [TokenRow(f"a.jsonl:{i}", np.arange(n, dtype=np.int32), np.arange(n) > 1) for i, n in enumerate((4, 3))]
+    metadata = collate(rows, Shape(3, 8, 16)).metadata
+    assert (metadata.rows, metadata.tokens, metadata.trained_tokens) == (("a.jsonl:0", "a.jsonl:1"), 7, 3)

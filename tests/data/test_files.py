@@ -64,11 +64,11 @@ def test_progress_adds_up_to_the_size(
     for module in ("files", "zstd"):
         monkeypatch.setattr(f"mlx_trainer.data.{module}.CHUNK", chunk)
     content = write_rows(ROWS).read_bytes()
-    compress = {
-        "": lambda data: data,
-        ".gz": gzip.compress,
-        ".zst": pytest.importorskip("zstandard", reason="zstd before Python 3.14 takes the zstandard package").compress,
-    }[suffix]
+    compress: Callable[[bytes], bytes] = gzip.compress if suffix == ".gz" else bytes
+    if suffix == ".zst":
+        compress = pytest.importorskip(
+            "zstandard", reason="before Python 3.14 zstd takes the zstandard package"
+        ).compress
     path = tmp_path / f"x.jsonl{suffix}"
     path.write_bytes(compress(content[:9999]) + compress(content[9999:]))
     source, told = FileSource.of(path), list[int]()

@@ -91,7 +91,7 @@ def test_several_files_are_one(write_rows: WriteRows, tokenizer: PreTrainedToken
     ):
         assert [renamed[row.source] for row in rows_whole] == [row.source for row in rows_joined]
         assert [row.ids.tolist() for row in rows_whole] == [row.ids.tolist() for row in rows_joined]
-        assert [row.number for row in rows_whole] == [row.number for row in rows_joined]
+        assert rows_whole.numbers.tolist() == rows_joined.numbers.tolist()
     assert joined.summary == whole.summary
 
 
@@ -186,3 +186,62 @@ def test_zstd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: Callabl
 def test_lines_across_parts() -> None:
     """Lines come out whole wherever the parts end; a file that ends with a line end has an empty rest."""
     assert list(split_lines([b"a", b"b\nc\n\nd", b"", b"e\n"])) == [b"ab", b"c", b"", b"de", b""]
+
+
+def test_weights(tmp_path: Path, write_rows: WriteRows) -> None:
+    """A mapping gives each file its weight, or each file of a pattern; a folder may stand alone in it."""
+    a, b, c = (write_rows(texts(name, 1), f"{name}.jsonl") for name in "abc")
+    sources = find_sources({str(a): 2, str(tmp_path / "[bc].jsonl"): 0.5})
+    assert [(source.name, source.weight) for source in sources.train] == [
+        ("a.jsonl", 2.0),
+        ("b.jsonl", 0.5),
+        ("c.jsonl", 0.5),
+    ]
+    assert [source.weight for source in find_sources([a, b, c]).train] == [1.0, 1.0, 1.0]
+    write_rows(texts("t", 1), "train.jsonl")
+    held_out = write_rows(texts("v", 1), "valid.jsonl")
+    alone = find_sources({tmp_path: 3})
+    assert [source.weight for source in alone.train] == [3.0]
+    assert alone.validation == (FileSource(held_out, "valid.jsonl"),)
+
+
+@pytest.mark.parametrize(
+    "weight", [0, -1, float("nan"), float("inf"), True, "2", None, 10**400], ids=lambda weight: f"{weight!r:.10}"
+)
+def test_weights_that_are_none(tmp_path: Path, weight: Any) -> None:
+    """A weight is a number above 0; held-out rows have none."""
+    with pytest.raises(DataError, match=r"^The weight of '.*a\.jsonl' is .*: a number above 0, such as 0\.5 or 2\.$"):
+        find_sources({tmp_path / "a.jsonl": weight})
+    with pytest.raises(DataError, match="validation_path has weights"):
+        find_sources(tmp_path / "a.jsonl", {tmp_path / "b.jsonl": 1})
+
+
+def test_patterns(tmp_path: Path, write_rows: WriteRows) -> None:
+    """A pattern is its files in order, without folders; a file whose name looks like one is that file."""
+    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+        write_rows(texts(name, 1), name)
+    (tmp_path / "d.jsonl").mkdir()
+    pattern = tmp_path / "*.jsonl"
+    for path in (pattern, str(pattern), [pattern]):
+        assert [source.name for source in find_sources(path).train] == ["a.jsonl", "b.jsonl"]
+    assert [source.name for source in find_sources(tmp_path / "c.txt", pattern).validation] == ["a.jsonl", "b.jsonl"]
+    literal = write_rows(texts("x", 1), "[ab].jsonl")
+    assert find_sources(literal).train == (FileSource(literal, "[ab].jsonl"),)
+    with pytest.raises(DataError, match=r"^No file matches '.*x\*'\. Give a pattern such as 'data/\*\.jsonl'"):
+        find_sources(tmp_path / "x*")
+
+
+def test_rows_that_are_given_twice(tmp_path: Path, write_rows: WriteRows) -> None:
+    """A file that a pattern and a name both give is refused, as its rows would silently count twice."""
+    path = write_rows(texts("a", 1), "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl is given 2 times\. Give it once; to use its rows more often give"):
+        find_sources([path, tmp_path / "*.jsonl"])
+
+
+@pytest.mark.parametrize("data", [3, None, [3], [None], [["a"]]])
+def test_what_is_no_data(data: Any) -> None:
+    """Anything else than paths and datasets is refused by what it is."""
+    with pytest.raises(
+        DataError, match=r"^The data is .*\. Give the path of a JSONL file, or a Hugging Face dataset\.$"
+    ):
+        find_sources(data)

@@ -14,6 +14,7 @@ class Sizes:
     rows: tuple[str, ...]
     tokens: int
     trained_tokens: int
+    positions: int
 
 
 @frozen(eq=False)
@@ -33,7 +34,6 @@ def labelled(lengths: Sequence[int] = (9, 5, 7), prompt: int = 3, *, padding: in
         ids[row, :length] = generator.integers(10, 380, length)
         mask[row, :length] = 1
         labels[row, prompt:length] = ids[row, prompt:length]
-    sizes = Sizes(
-        tuple(f"row {row}" for row in range(len(lengths))), sum(lengths), sum(lengths) - prompt * len(lengths)
-    )
+    names, trained = tuple(f"row {row}" for row in range(len(lengths))), sum(lengths) - prompt * len(lengths)
+    sizes = Sizes(names, sum(lengths), trained, ids.size)
     return Labelled(mx.array(ids), mx.array(mask), mx.array(labels), sizes)
