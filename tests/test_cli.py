@@ -184,8 +184,8 @@ def test_options_are_read_by_their_types(capsys: pytest.CaptureFixture[str]) -> 
         (["none.yaml"], "none.yaml: there is no such file"),
         (
             [],
-            "configuration: data.dataset_path is required: JSONL file, folder of train.jsonl and valid.jsonl, pattern or "
-            "hf:owner/name; or several, also with weights",
+            "configuration: data.dataset_path is required: JSONL file, folder of train.jsonl and valid.jsonl, pattern "
+            "or hf:owner/name; or several, also with weights",
         ),
     ],
 )

@@ -6,8 +6,9 @@ from typing import Literal
 from attrs import field, frozen
 
 from mlx_trainer.config.error import ConfigError
-from mlx_trainer.config.option import Filled, NotEmpty, Range, option
+from mlx_trainer.config.option import option
 from mlx_trainer.config.rules import contradictions
+from mlx_trainer.config.valid import Filled, NotEmpty, Range
 
 COUNT = Range(at_least=1)
 NOT_NEGATIVE = Range(at_least=0)

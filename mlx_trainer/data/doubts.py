@@ -32,7 +32,8 @@ def batch_doubts(padding_share: float, trained_share: float) -> Doubts:
         (
             padding_share > MAX_PADDING_SHARE,
             f"{padding_share:.1%} of the positions are padding, more than {MAX_PADDING_SHARE:.0%}; "
-            "each row is padded to the next of few lengths: a larger data.max_shapes or smaller batches give less",
+            "each row is padded to the next of few lengths: smaller batches give less, and where all data.max_shapes "
+            "shapes are in use, more of them",
         ),
         (
             trained_share < MIN_TRAINED_SHARE,

@@ -61,7 +61,8 @@ class Example:
         if total <= most:
             return self
         head, tail = -(-most // 2), most // 2
-        remark = Span(f" [… {total - most:,} characters left out …] ", None)
+        left_out = f"{total - most:,} character{'' if total - most == 1 else 's'}"
+        remark = Span(f" [… {left_out} left out …] ", None)
         return evolve(self, spans=(*piece(self.spans, 0, head), remark, *piece(self.spans, total - tail, total)))
 
 

@@ -93,4 +93,5 @@ def _example(example: Any) -> str:
         f"{_MARKS.get(span.get('trained'), '<mark>')}{escape(visible(str(span.get('text'))))}</mark>" for span in spans
     )
     title = escape(visible(str(example.get("source"))))
-    return f'<section><h3>{title}, <mark class="trained">trained</mark></h3><pre>{"".join(texts)}</pre></section>'
+    heading = f'<h3>{title}, <mark class="trained">trained text</mark> marked</h3>'
+    return f"<section>{heading}<pre>{''.join(texts)}</pre></section>"

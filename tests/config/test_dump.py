@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mlx_trainer.config import Config, ConfigError, DataConfig, load_config, to_yaml
 from mlx_trainer.config.keys import sections
-from mlx_trainer.config.option import Filled, Range, members
+from mlx_trainer.config.option import members
+from mlx_trainer.config.valid import Filled, Range
 
 # What YAML cannot hold at all is no part of the promise: control characters, lone surrogates.
 text = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12) | st.sampled_from(

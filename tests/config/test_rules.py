@@ -81,8 +81,8 @@ def test_the_same_options_apart_are_fine() -> None:
         (
             {"training.batch_tokens": 2047},
             (
-                "training.batch_tokens 2047 is less than model.max_seq_length (2048): a row that is longer makes a batch "
-                "of one row and up to 2048 tokens; set at least 2048, or lower model.max_seq_length",
+                "training.batch_tokens 2047 is less than model.max_seq_length (2048): a row that is longer makes a "
+                "batch of one row and up to 2048 tokens; set at least 2048, or lower model.max_seq_length",
             ),
         ),
         ({"data.max_bad_share": 0.5}, ()),
