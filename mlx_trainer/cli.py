@@ -184,11 +184,11 @@ def validate_config(given: Given) -> int:
 
 
 def evaluate(given: Given) -> int:
-    """Print the loss and perplexity of a model on a data file, or on the rows that a recipe holds back."""
+    """Print the loss and perplexity of a model on data files, or on the rows that a recipe holds back."""
     config = config_of(given)
     from mlx_trainer import build
 
-    # A data file is meant whole; a recipe means the rows that its training holds back.
+    # Data files are meant whole; a recipe means the rows that its training holds back.
     metrics = build.evaluate(config, given.get("adapter"), whole=bool(split_inputs(given["inputs"])[1]))
     print(f"loss        {metrics.loss:.4f}")
     print(f"perplexity  {metrics.perplexity:.2f}")
@@ -210,7 +210,7 @@ def generate(given: Given) -> int:
 COMMANDS = {
     "train": Command(
         train,
-        "Fine-tune a model on a data file, or as a recipe says.",
+        "Fine-tune a model on data files, or as a recipe says.",
         "[FILE ...] [--model NAME] [--output DIR] [--section.key VALUE ...]",
         ALL,
         {
@@ -220,8 +220,8 @@ COMMANDS = {
     ),
     "inspect": Command(
         inspect,
-        "Print what the rows of a data file become, before any training.",
-        "FILE [--model NAME] [--json] [--strict] [--rows N] [--section.key VALUE ...]",
+        "Print what the rows of data files become, before any training.",
+        "FILE ... [--model NAME] [--json] [--strict] [--rows N] [--section.key VALUE ...]",
         ALL,  # so that the arguments of a training can be inspected as they stand
         {
             "inputs": FILES,
@@ -239,8 +239,8 @@ COMMANDS = {
     ),
     "evaluate": Command(
         evaluate,
-        "Print loss and perplexity on a data file, or on the rows that a recipe holds back.",
-        "FILE [--model NAME] [--adapter DIR] [--section.key VALUE ...]",
+        "Print loss and perplexity on data files, or on the rows that a recipe holds back.",
+        "FILE ... [--model NAME] [--adapter DIR] [--section.key VALUE ...]",
         ("model", "data"),
         {"inputs": FILES, "--adapter": ADAPTER},
     ),
