@@ -5,9 +5,7 @@ Everything that can be wrong with the inputs is found before the run folder is m
 
 import json
 import logging
-import os
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,27 @@ from mlx_trainer.callbacks import (
     SampleGenerator,
     TensorBoardLogger,
 )
-from mlx_trainer.checkpoint import verify
-from mlx_trainer.config import Config, ConfigError, LoRAConfig, ModelConfig, to_yaml, unwise
-from mlx_trainer.data import DataPipeline, DataReport, render, report_on
+from mlx_trainer.config import Config, ConfigError, DataConfig, LoRAConfig, ModelConfig, to_yaml, unwise
+from mlx_trainer.data import DataPipeline, DataReport, render, report_on, show_examples
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
-from mlx_trainer.monitoring import make_folder, setup_logging, write_atomic, write_environment
+from mlx_trainer.monitoring import (
+    make_folder,
+    mask_secrets,
+    setup_logging,
+    stderr_console,
+    write_atomic,
+    write_environment,
+)
+from mlx_trainer.run_folder import check_run_directory, run_directory
 from mlx_trainer.trainer import Trainer, TrainingResult
 
 log = logging.getLogger("mlx_trainer.build")
+
+EXAMPLES = 2
+"""Training rows that are shown before a training, and kept in its folder."""
+SHOWN_CHARACTERS, KEPT_CHARACTERS = 1_000, 10_000
+"""How much of each."""
 
 
 def train(config: Config) -> TrainingResult:
@@ -50,16 +60,28 @@ def train(config: Config) -> TrainingResult:
         check_run_directory(run_dir, config.run.resume)
         module = build_module(config)
         data = build_data(config, module)
-        report = build_report(config, data, module)
-        for line in report.epoch_lines():  # the pipeline has logged the others
-            log.info("%s", line)
+        report = build_report(config, data, module, EXAMPLES)
+        tell(report)
         module.setup("fit")
     with setup_logging(make_folder(run_dir)):
         # With the folder that was found, so that `train <folder>/config.yaml --resume auto` continues this very run.
         resolved = evolve(config, run=evolve(config.run, directory=str(run_dir)))
         write_atomic(run_dir / "config.yaml", to_yaml(resolved))
-        write_environment(run_dir, seed=config.data.seed, data=report.figures())
+        write_environment(run_dir, seed=config.data.seed, data=kept(report).as_dict())
         return build_trainer(resolved, run_dir, evaluating=bool(data.validation_rows)).fit(module, data)
+
+
+def tell(report: DataReport) -> None:
+    """Log the figures that the pipeline has not, and show the first rows on stderr, where no log file gets them."""
+    for line in report.epoch_lines():
+        log.info("%s", line)
+    show_examples([row.changed(mask_secrets).shortened(SHOWN_CHARACTERS) for row in report.examples], stderr_console())
+
+
+def kept(report: DataReport) -> DataReport:
+    """The report as it is written into the run folder: without access tokens, and with no row of unbounded length."""
+    examples = tuple(row.changed(mask_secrets).shortened(KEPT_CHARACTERS) for row in report.examples)
+    return evolve(report, examples=examples)
 
 
 def inspect(config: Config, rows: int = 2) -> DataReport:
@@ -75,14 +97,20 @@ def evaluate(config: Config, adapter: str | None = None, *, whole: bool = False)
     Raises ConfigError where no row is held out.
     """
     if whole:
-        config = evolve(config, data=evolve(config.data, train_split=1.0, shuffle=False, validation_path=None))
+        config = evolve(config, data=whole_data(config.data))
     with setup_logging(level="WARNING"):
         module = trained_module(config.model, adapter)
         data = build_data(config, module)
         loader = data.train_loader() if whole else data.validation_loader()
         if loader is None:
-            raise ConfigError(f"{config.data.dataset_path}: no row is held out; lower data.train_split")
+            raise ConfigError(f"{', '.join(config.data.train_paths)}: no row is held out; lower data.train_split")
         return Trainer().validate(module, loader)
+
+
+def whole_data(data: DataConfig) -> DataConfig:
+    """All rows of the dataset, each once whatever its weight, and none held out."""
+    path = data.dataset_path if isinstance(data.dataset_path, str) else list(data.train_paths)
+    return evolve(data, dataset_path=path, train_split=1.0, shuffle=False, validation_path=None)
 
 
 def generate(model: ModelConfig, prompts: Sequence[str], adapter: str | None = None, **sampling: Any) -> list[str]:
@@ -162,14 +190,21 @@ def build_data(config: Config, module: CausalLMModule) -> DataPipeline:
         data.dataset_path,
         module.tokenizer,
         batch_size=config.training.batch_size,
+        batch_tokens=config.training.batch_tokens,
+        max_shapes=data.max_shapes,
         max_seq_length=config.model.max_seq_length,
+        truncation=data.truncation,
         train_split=data.train_split,
         shuffle=data.shuffle,
         seed=data.seed,
         num_workers=data.num_workers,
         validation_path=data.validation_path,
         completion_style=data.completion_style,
+        fields=data.fields,
+        roles=data.roles,
+        max_bad_share=data.max_bad_share,
         vocabulary_size=module.settings.get("vocab_size"),
+        cache_dir=data.cache_dir,
     )
 
 
@@ -216,28 +251,3 @@ def build_callbacks(config: Config, *, evaluating: bool = True) -> list[Callback
         callbacks.append(TensorBoardLogger())
     best = "val/loss" if evaluating and training.keep_best else None
     return [*callbacks, ModelCheckpoint(every=training.save_steps, keep_last=training.keep_last, monitor=best)]
-
-
-def run_directory(config: Config) -> Path:
-    """Return the folder that `config` names; else runs/ and the dataset's name, numbered where runs have it already."""
-    if config.run.directory is not None:
-        return Path(config.run.directory)
-    name = Path(config.data.dataset_path).stem
-    numbered = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in count(1))
-    taken, free = [], next(numbered)
-    while free.exists():
-        taken, free = [free], next(numbered)
-    return taken[0] if taken and config.run.resume == "auto" else free
-
-
-def check_run_directory(run_dir: Path, resume: str | None) -> None:
-    """Raise ConfigError where `run_dir` cannot be made or holds another run, CheckpointError for a bad checkpoint."""
-    if resume is not None and resume != "auto":
-        verify(Path(resume))
-    if resume is None and any(run_dir.glob("checkpoints/step-*")):
-        raise ConfigError(f"{run_dir}: holds an earlier run; continue it with --resume auto, or name another --output")
-    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"{run_dir}: cannot be made, because {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{run_dir}: cannot be made, because {existing} is not yours to write")

@@ -18,7 +18,7 @@ from attrs import frozen
 
 from mlx_trainer import __version__
 from mlx_trainer.config import Config, ConfigError, ModelConfig, load_config, to_yaml, unwise
-from mlx_trainer.config.arguments import Parser, add_options, overrides
+from mlx_trainer.config.arguments import Parser, add_options, dataset_of, overrides
 
 PROGRAM = "mlx-trainer"
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -40,7 +40,7 @@ FILES = {
     "nargs": "*",
     "default": [],
     "metavar": "FILE",
-    "help": "configurations (.yaml, .json; later ones win) or one data file",
+    "help": "configurations (.yaml, .json; later ones win) and data files, with a weight as in chats.jsonl=0.5",
 }
 ADAPTER = {"metavar": "DIR", "help": "folder of a trained adapter, such as runs/chats/adapter"}
 Given = Mapping[str, Any]
@@ -132,13 +132,11 @@ Fine-tune a language model on your own JSONL.
 
 
 def config_of(given: Given) -> Config:
-    """Return defaults < files < command line; a data file on the command line is `data.dataset_path`."""
+    """Return defaults < files < command line; data files on the command line are `data.dataset_path`."""
     files, data = split_inputs(given["inputs"])
-    if len(data) > 1:
-        raise ConfigError(f"{' and '.join(data)}: give one data file; configurations end in .yaml, .yml or .json")
     values = overrides(given)
     if data:
-        values["data.dataset_path"] = data[0]
+        values["data.dataset_path"] = dataset_of(data)
     return load_config(*files, overrides=values)
 
 
@@ -186,11 +184,11 @@ def validate_config(given: Given) -> int:
 
 
 def evaluate(given: Given) -> int:
-    """Print the loss and perplexity of a model on a data file, or on the rows that a recipe holds back."""
+    """Print the loss and perplexity of a model on data files, or on the rows that a recipe holds back."""
     config = config_of(given)
     from mlx_trainer import build
 
-    # A data file is meant whole; a recipe means the rows that its training holds back.
+    # Data files are meant whole; a recipe means the rows that its training holds back.
     metrics = build.evaluate(config, given.get("adapter"), whole=bool(split_inputs(given["inputs"])[1]))
     print(f"loss        {metrics.loss:.4f}")
     print(f"perplexity  {metrics.perplexity:.2f}")
@@ -212,7 +210,7 @@ def generate(given: Given) -> int:
 COMMANDS = {
     "train": Command(
         train,
-        "Fine-tune a model on a data file, or as a recipe says.",
+        "Fine-tune a model on data files, or as a recipe says.",
         "[FILE ...] [--model NAME] [--output DIR] [--section.key VALUE ...]",
         ALL,
         {
@@ -222,8 +220,8 @@ COMMANDS = {
     ),
     "inspect": Command(
         inspect,
-        "Print what the rows of a data file become, before any training.",
-        "FILE [--model NAME] [--json] [--strict] [--rows N] [--section.key VALUE ...]",
+        "Print what the rows of data files become, before any training.",
+        "FILE ... [--model NAME] [--json] [--strict] [--rows N] [--section.key VALUE ...]",
         ALL,  # so that the arguments of a training can be inspected as they stand
         {
             "inputs": FILES,
@@ -241,8 +239,8 @@ COMMANDS = {
     ),
     "evaluate": Command(
         evaluate,
-        "Print loss and perplexity on a data file, or on the rows that a recipe holds back.",
-        "FILE [--model NAME] [--adapter DIR] [--section.key VALUE ...]",
+        "Print loss and perplexity on data files, or on the rows that a recipe holds back.",
+        "FILE ... [--model NAME] [--adapter DIR] [--section.key VALUE ...]",
         ("model", "data"),
         {"inputs": FILES, "--adapter": ADAPTER},
     ),

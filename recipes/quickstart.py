@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chats = [entry.chat() for entry in known if entry.public][: settings.chats]
         held_out = spread(unknown, settings.held_out)
         config = configure(run, base, settings)
-        write_jsonl(Path(config.data.dataset_path), chats)
+        write_jsonl(Path(config.data.train_paths[0]), chats)
         write_jsonl(Path(str(config.data.validation_path)), [entry.chat() for entry in held_out])
         print(f"   {len(chats):,} to learn from, {len(held_out)} about held-out names to measure with")
 

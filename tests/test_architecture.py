@@ -49,7 +49,8 @@ ALLOWED = {
     "models": LEAVES | {"module", "optim", "state"},
     "optim": LEAVES,
     "callbacks": LEAVES | CORE,
-    "build": CORE | LEAVES | {"callbacks", "data", "models", "optim"},
+    "run_folder": {"checkpoint", "config"},
+    "build": CORE | LEAVES | {"run_folder", "callbacks", "data", "models", "optim"},
     "cli": {"build", "__init__"} | CORE | LEAVES | {"data", "models"},
     "__main__": {"cli"},
     "__init__": None,  # names everything, imports it lazily

@@ -1,6 +1,7 @@
 """From a configuration to a run: every option reaches its place, and a refused run leaves nothing behind."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "lora.target_modules": lora.target_modules,
         "training.method": "full" if module.lora is None else "lora",
         "training.batch_size": data["batch_size"],
+        "training.batch_tokens": data["batch_tokens"],
         "training.gradient_accumulation_steps": trainer.accumulate,
         "training.num_epochs": trainer.limits.max_epochs,
         "training.max_steps": trainer.limits.max_steps,
@@ -90,11 +92,17 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "training.logging_steps": trainer.log_every,
         "data.dataset_path": data["dataset_path"],
         "data.validation_path": data["validation_path"],
+        "data.fields": data["fields"],
+        "data.roles": data["roles"],
         "data.completion_style": data["completion_style"],
+        "data.truncation": data["truncation"],
+        "data.max_bad_share": data["max_bad_share"],
+        "data.max_shapes": data["max_shapes"],
         "data.train_split": data["train_split"],
         "data.shuffle": data["shuffle"],
         "data.seed": data["seed"] if data["seed"] == trainer.seed == module.seed else None,
         "data.num_workers": data["num_workers"],
+        "data.cache_dir": data["cache_dir"],
         "evaluation.sample_prompts": tuple(samples.prompts) if samples else (),
         "evaluation.sample_tokens": samples.options["max_tokens"] if samples else 100,
         "evaluation.patience": by_name["EarlyStopping"].patience if "EarlyStopping" in by_name else None,
@@ -116,6 +124,7 @@ CHANGED: dict[str, object] = {
     "lora.target_modules": ("o_proj", "k_proj"),
     "training.method": "full",
     "training.batch_size": 3,
+    "training.batch_tokens": 4096,
     "training.gradient_accumulation_steps": 5,
     "training.num_epochs": 7,
     "training.max_steps": 9,
@@ -132,11 +141,17 @@ CHANGED: dict[str, object] = {
     "training.logging_steps": 17,
     "data.dataset_path": "./chats.jsonl",
     "data.validation_path": "held_out.jsonl",
+    "data.fields": {"prompt": "question"},
+    "data.roles": {"bot": "assistant"},
     "data.completion_style": "raw",
+    "data.truncation": "split",
+    "data.max_bad_share": 0.5,
+    "data.max_shapes": 4,
     "data.train_split": 0.5,
     "data.shuffle": False,
     "data.seed": 3,
     "data.num_workers": 1,
+    "data.cache_dir": "elsewhere",
     "evaluation.sample_prompts": ("Who?", "Why?"),
     "evaluation.sample_tokens": 12,
     "evaluation.patience": 6,
@@ -211,6 +226,51 @@ def test_a_run_leaves_a_complete_folder() -> None:
     assert (environment["seed"], environment["data"]["rows"], environment["data"]["train_rows"]) == (42, 8, 6)
 
 
+def test_the_first_rows_are_shown_before_training_and_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stderr after the figures, long ones by their ends, and in no log file; the folder has more of them."""
+    monkeypatch.setenv("HF_TOKEN", "my secret token")
+    row = {"prompt": "dog " * 2000 + "my secret token", "completion": "the end"}
+    Path("chats.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    build.train(config(run__directory="one", model__max_seq_length=9000, data__train_split=0.5, training__max_steps=1))
+    told = capsys.readouterr().err
+    shown = told.partition("\n\n")[2].partition("⟧\n")[0]
+    assert " INFO optimizer steps: 1 per epoch, 1 in all\n\nchats.jsonl:" in told
+    assert shown.startswith("chats.jsonl:")
+    assert ", trained between ⟦ and ⟧:\n<s>[INST] dog dog " in shown
+    assert re.search(r" \[… 7,\d\d\d characters left out …\] ", shown)
+    assert shown.endswith("[hidden][/INST]⟦ the end</s>")
+    assert not any("dog dog" in path.read_text() for path in Path("one/logs").iterdir())
+    kept = Path("one/environment.json").read_text()
+    assert ("secret" in kept, len(json.loads(kept)["data"]["examples"]), kept.count("dog ")) == (False, 1, 2000)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("data/chats.jsonl.gz", "chats"),
+        ("chats.v2.jsonl", "chats.v2"),
+        (["b.jsonl", "a.jsonl"], "b"),
+        ({"b.jsonl": 2, "a.jsonl": 1}, "b"),
+        ("hf:owner/name", "name"),
+        ("hf:owner/name:config", "name-config"),
+        ("logs/*.jsonl", "logs"),
+        ("logs/2026-[01]*.jsonl", "2026--01"),
+        ("v1.jsonl/", "v1.jsonl"),
+    ],
+)
+def test_a_run_is_named_after_its_first_data(path: Any, name: str) -> None:
+    """File, folder, dataset or pattern: the run folder's name is one that a folder can have."""
+    Path("v1.jsonl").mkdir()
+    assert build.run_directory(config(data__dataset_path=path)) == Path("runs") / name
+
+
+def test_the_current_folder_gives_its_own_name(tmp_path: Path) -> None:
+    """`.` is not runs/ itself."""
+    assert build.run_directory(config(data__dataset_path=".")) == Path("runs") / tmp_path.name
+
+
 def test_runs_without_a_name_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     """runs/chats, then runs/chats-2; the folder's own configuration names the folder, so that it can be continued."""
     assert build.run_directory(config()) == Path("runs/chats")
@@ -253,10 +313,11 @@ def test_inspect_prints_the_report_without_reading_weights(capsys: pytest.Captur
     assert (captured.out, captured.err) == (
         f"{summary}\n"
         "48.5% of the tokens are trained\n"
-        "batches per epoch: 3 of 1 shape, compiled once; 46.9% padding, 1.88 positions computed per token\n"
+        "batches per epoch: 3; 29.2% padding, 1.41 positions computed per token\n"
+        "1 shape, compiled once: 2×24 rows×tokens\n"
         "optimizer steps: 1 per epoch, 3 in all\n"
-        "warning: 46.9% of the positions are padding, more than 25%; batches are padded to their longest row and a "
-        "multiple of 32, so a smaller training.batch_size or rows of more even length give less\n"
+        "warning: 29.2% of the positions are padding, more than 25%; each row is padded to the next of few lengths: "
+        "smaller batches give less, and where all data.max_shapes shapes are in use, more of them\n"
         "\nchats.jsonl:1, trained between ⟦ and ⟧:\n<s>[INST] dog [/INST]⟦ the sum is 1</s>⟧\n"
         "\nchats.jsonl:3, trained between ⟦ and ⟧:\n<s>[INST] dog dog dog [/INST]⟦ the sum is 3</s>⟧\n",
         "",
@@ -278,7 +339,35 @@ def test_inspect_tells_what_the_training_does(
     told = capsys.readouterr().err
     assert f": {report.steps_per_epoch} steps per epoch, each of 2 micro-batches" in told
     assert [told.count(f" INFO {line}\n") for line in report.lines()] == [1] * len(report.lines())
-    assert json.loads(Path("one/environment.json").read_text())["data"] == report.figures()
+    assert json.loads(Path("one/environment.json").read_text())["data"] == build.inspect(found).as_dict()
+
+
+def test_inspect_takes_several_files_with_names_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights, fields, roles, truncation, shapes and batches in tokens: what the report says follows them."""
+    rows = [{"question": "dog " * n, "answer": f"sum {n}"} for n in range(10, 40)]
+    Path("more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bots = [{"messages": [{"role": "me", "content": "dog " * n}, {"role": "bot", "content": "sum"}]} for n in (5, 99)]
+    Path("bots.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bots))
+    arguments = (
+        "inspect", "chats.jsonl=2", "more.jsonl=0.5", "bots.jsonl", "--model", "base", "--model.max_seq_length", "64",
+        "--data.fields", "prompt=question", "completion=answer", "--data.roles", "me=user", "bot=assistant",
+        "--data.truncation", "drop", "--data.max_shapes", "2", "--data.train_split", "1", "--data.cache_dir", "kept",
+        "--training.batch_tokens", "128", "--json",
+    )  # fmt: skip
+    assert cli.main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["rows"], report["train_rows"], report["bad_rows"], report["dropped_rows"]) == (40, 39, 0, 1)
+    assert sum(shape["batches"] for shape in report["used_shapes"]) == report["batches"]
+    assert report["shapes"] == len(report["used_shapes"]) <= 2
+    assert all(shape["positions"] <= 128 for shape in report["used_shapes"])
+    assert len(list(Path("kept/tokens").glob("*/store.json"))) == 3
+
+
+def test_evaluating_data_files_reads_each_row_once() -> None:
+    """A weight is for training."""
+    weighed = config(data__dataset_path={"chats.jsonl": 3})
+    metrics = build.evaluate(weighed, whole=True)
+    assert (metrics.samples, metrics.loss) == (8, build.evaluate(config(), whole=True).loss)
 
 
 def test_inspect_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +383,7 @@ def test_strict_inspection_fails_where_there_are_warnings(capsys: pytest.Capture
     assert cli.main([*INSPECT, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["warnings"] != []
     assert [cli.main([*INSPECT, *more]) for more in ([], ["--strict"], ["--strict", "--json"])] == [0, 1, 1]
-    fitting = ("--model.max_seq_length", "20")
+    fitting = ("--training.batch_size", "1", "--data.train_split", "1")
     assert cli.main([*INSPECT, *fitting, "--strict"]) == 0
     assert "warning: " not in capsys.readouterr().out.rpartition("8 rows")[2]
 

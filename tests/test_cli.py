@@ -89,6 +89,41 @@ def test_a_data_file_and_a_model_are_enough(capsys: pytest.CaptureFixture[str]) 
     assert actual == ("chats.jsonl", "my/model", "runs/mine", "auto")
 
 
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (["a.jsonl"], "a.jsonl"),
+        (["a.jsonl", "b.jsonl"], ("a.jsonl", "b.jsonl")),
+        (["a.jsonl=0.5"], {"a.jsonl": 0.5}),
+        (["a.jsonl=0.5", "b.jsonl", "hf:owner/name=2"], {"a.jsonl": 0.5, "b.jsonl": 1.0, "hf:owner/name": 2.0}),
+        (["data/*.jsonl=3"], {"data/*.jsonl": 3.0}),
+        (["lr=1e-4.jsonl"], "lr=1e-4.jsonl"),
+        (["there=2"], "there=2"),
+        (["there=2=0.5"], {"there=2": 0.5}),
+        (["=2"], "=2"),
+    ],
+)
+def test_data_files_and_their_weights(words: list[str], path: object, capsys: pytest.CaptureFixture[str]) -> None:
+    """One file is text, several are a list, and a number behind `=` is a weight unless a file has that very name."""
+    Path("there=2").touch()
+    assert resolved(capsys, *words).data.dataset_path == path
+
+
+def test_mappings_are_pairs_of_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """As words, joined by commas, given again, or as YAML for names with commas; all are the same mapping."""
+    expected = {"prompt": "data.question", "completion": "answer"}
+    for words in (
+        ["--data.fields", "prompt=data.question", "completion=answer"],
+        ["--data.fields", "prompt=data.question,completion=answer"],
+        ["--data.fields=prompt=data.question", "--data.fields", "completion=answer"],
+        ["--data.fields", "{prompt: data.question, completion: answer}"],
+    ):
+        assert resolved(capsys, "a.jsonl", *words, "--data.roles", "bot=assistant").data.fields == expected
+    Path("base.yaml").write_text("data: {dataset_path: a.jsonl, fields: {prompt: q}}\n")
+    assert resolved(capsys, "base.yaml", "--data.fields", "{}").data.fields == {}
+    assert resolved(capsys, "base.yaml", "--data.fields", "text=a=b").data.fields == {"text": "a=b"}
+
+
 def test_the_command_line_wins_over_files_and_files_over_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     """Defaults < first file < second file < command line, wherever the options stand and however they are written."""
     Path("a.yaml").write_text("data: {dataset_path: a.jsonl, seed: 1}\nlora: {rank: 1, alpha: 1, dropout: 0.1}\n")
@@ -125,9 +160,33 @@ def test_options_are_read_by_their_types(capsys: pytest.CaptureFixture[str]) -> 
         (["a.jsonl", "--lora.rank", "1.5"], "override: lora.rank is '1.5'; it must be a whole number, at least 1"),
         (["a.jsonl", "--data.shuffle", "no"], "override: data.shuffle is 'no'; it must be true or false"),
         (["a.jsonl", "--data.seed", "-1"], "override: data.seed is -1; it must be a whole number, at least 0"),
-        (["a.jsonl", "b.jsonl"], "a.jsonl and b.jsonl: give one data file; configurations end in .yaml, .yml or .json"),
+        (
+            ["a.jsonl", "a.jsonl=2"],
+            "a.jsonl is given twice; give it once, with the weight that is meant, such as a.jsonl=2",
+        ),
+        (
+            ["a.jsonl=0"],
+            "override: data.dataset_path is {'a.jsonl': 0.0}; it must be text, a list of text or a mapping of text to "
+            "numbers, not empty, weights above 0",
+        ),
+        (
+            ["--data.fields", "prompt=q", "a.jsonl"],
+            "--data.fields: 'a.jsonl' is no pair such as a=b; files stand before this option",
+        ),
+        (
+            ["a.jsonl", "--data.fields", "prompt=q", "prompt=r"],
+            "--data.fields: 'prompt' is given twice, as 'q' and 'r'; give it once",
+        ),
+        (
+            ["a.jsonl", "--data.roles", "bot="],
+            "override: data.roles is {'bot': ''}; it must be a mapping of text to text, none of it empty",
+        ),
         (["none.yaml"], "none.yaml: there is no such file"),
-        ([], "configuration: data.dataset_path is required: JSONL file, or folder of train.jsonl and valid.jsonl"),
+        (
+            [],
+            "configuration: data.dataset_path is required: JSONL file, folder of train.jsonl and valid.jsonl, pattern "
+            "or hf:owner/name; or several, also with weights",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "inspect", "validate-config"])

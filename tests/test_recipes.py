@@ -104,7 +104,7 @@ def test_quickstart_writes_the_configuration_it_ran_with(quickstart: tuple[Path,
     """`config.yaml` loads, and names this run's data, base and length."""
     run, cache, _ = quickstart
     config = load_config(run / "config.yaml")
-    assert Path(config.data.dataset_path) == run / "data" / "chats.jsonl"
+    assert Path(config.data.train_paths[0]) == run / "data" / "chats.jsonl"
     assert Path(config.model.model_name).parent == cache
     assert config.training.max_steps == 10
 

@@ -1,6 +1,7 @@
 """The schema as command-line options: `--section.key VALUE`, with defaults, ranges and help from the schema."""
 
 import argparse
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -10,10 +11,11 @@ from typing import Any, NoReturn
 from attrs import NOTHING, Attribute, fields
 
 from mlx_trainer.config.error import ConfigError
-from mlx_trainer.config.keys import from_text, keys, sections
-from mlx_trainer.config.option import expected, is_list, members, show
+from mlx_trainer.config.keys import flow, from_text, keys, sections, split_items
+from mlx_trainer.config.option import expected, is_list, mapping_of, members, show
 
 METAVARS: Mapping[object, str] = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
+PAIRS: Mapping[str, str] = {"nargs": "+", "action": "extend"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,16 +58,70 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str], short: Ma
         for option in fields(section):
             key = f"{name}.{option.name}"
             spellings = [f"--{key}", short[key]] if key in short else [f"--{key}"]
-            group.add_argument(*spellings, dest=key, metavar=_metavar(option), help=_help(option))
+            words: Any = PAIRS if _is_mapping(option) else {}
+            group.add_argument(*spellings, dest=key, metavar=_metavar(option), help=_help(option), **words)
 
 
 def overrides(given: Mapping[str, Any]) -> dict[str, object]:
     """Return the keys of the schema among what was given, each as its option's type."""
-    return {key: from_text(text, keys()[key]) for key, text in given.items() if key in keys()}
+    return {
+        key: pairs(key, words) if isinstance(words, list) else from_text(words, keys()[key])
+        for key, words in given.items()
+        if key in keys()
+    }
+
+
+def pairs(key: str, words: Sequence[str]) -> object:
+    """Return the mapping in the words `a=b c=d`, `a=b,c=d` or `{a: b}`; raises ConfigError for what is no pair."""
+    if len(words) == 1 and words[0].startswith("{"):
+        return flow(words[0], dict)
+    mapping: dict[str, str] = {}
+    for item in (item for word in words for item in split_items(word)):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--{key}: {item!r} is no pair such as a=b; files stand before this option")
+        if name in mapping:
+            raise ConfigError(f"--{key}: {name!r} is given twice, as {mapping[name]!r} and {value!r}; give it once")
+        mapping[name] = value
+    return mapping
+
+
+def dataset_of(words: Sequence[str]) -> str | list[str] | dict[str, float]:
+    """Return `data.dataset_path` as the data files on a command line say it; `words` are not empty.
+
+    One path is text, several are a list. `chats.jsonl=0.5` has a weight, unless a file has that very name; where any
+    has one, the others weigh 1. Raises ConfigError where a path with a weight is given again.
+    """
+    entries = [_weighed(word) for word in words]
+    if all(weight is None for _, weight in entries):
+        return words[0] if len(words) == 1 else list(words)
+    weights: dict[str, float] = {}
+    for path, weight in entries:
+        if path in weights:
+            raise ConfigError(f"{path} is given twice; give it once, with the weight that is meant, such as {path}=2")
+        weights[path] = 1.0 if weight is None else weight
+    return weights
+
+
+def _weighed(word: str) -> tuple[str, float | None]:
+    path, _, number = word.rpartition("=")
+    if path and not os.path.lexists(word):
+        try:
+            return path, float(number)
+        except ValueError:
+            pass
+    return word, None
+
+
+def _is_mapping(option: "Attribute[Any]") -> bool:
+    """Whether an option is a mapping and nothing else."""
+    return mapping_of(members(option.type)[:1]) is not None
 
 
 def _metavar(option: "Attribute[Any]") -> str:
     kind = members(option.type)[0]
+    if _is_mapping(option):
+        return "A=B"
     return "A,B" if is_list(kind) else METAVARS.get(kind, "NAME")
 
 

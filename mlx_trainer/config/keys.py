@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import Attribute, fields
 
-from mlx_trainer.config.option import is_list, members
+from mlx_trainer.config.option import is_list, mapping_of, members
 from mlx_trainer.config.schema import Config
 
 
@@ -42,7 +42,11 @@ def from_text(text: str, option: "Attribute[Any]") -> object:
     if text == "null" and NoneType in kinds:
         return None
     if is_list(kinds[0]):
-        return _items(text)
+        return flow(text, list) if text.startswith("[") else split_items(text)
+    if any(map(is_list, kinds)) and text.startswith("["):
+        return flow(text, list)
+    if mapping_of(kinds) and text.startswith("{"):
+        return flow(text, dict)
     if bool in kinds:
         return {"true": True, "false": False}.get(text, text)
     return _number(text, kinds)
@@ -58,15 +62,18 @@ def _number(text: str, kinds: tuple[Any, ...]) -> object:
     return text
 
 
-def _items(text: str) -> object:
-    """Return the list in `[a, "b, c"]` or in `a,b`; a comma before a space is a comma of the text."""
-    if not text.startswith("["):
-        return re.split(r",(?! )", text) if text else []
+def split_items(text: str) -> list[str]:
+    """Return the items of `a,b`; a comma before a space is a comma of the text."""
+    return re.split(r",(?! )", text) if text else []
+
+
+def flow(text: str, kind: type) -> object:
+    """Return the list in `[a, "b, c"]` or the mapping in `{a: b}`; text that is none, as patterns may be, stays."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     try:
-        items: object = YAML(typ="safe", pure=True).load(text)
+        value: object = YAML(typ="safe", pure=True).load(text)
     except YAMLError:
         return text
-    return items
+    return value if isinstance(value, kind) else text

@@ -34,11 +34,11 @@ def load_config(*paths: str | Path, overrides: Mapping[str, object] | None = Non
 
 
 def deep_merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Tree:
-    """Return `lower` with `upper` laid over it: sections are merged, everything else (lists too) is replaced."""
+    """Return `lower` with `upper` laid over it: sections are merged, the values in them, mappings too, are replaced."""
     merged = dict(lower)
     for key, value in upper.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = deep_merge(merged[key], value) if both else value
+        merged[key] = {**merged[key], **value} if both else value
     return merged
 
 
@@ -46,10 +46,8 @@ def nested(dotted: Mapping[str, object]) -> Tree:
     """Return {"lora": {"rank": 8}} for {"lora.rank": 8}."""
     tree: Tree = {}
     for key, value in dotted.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        assert isinstance(value, dict)
-        tree = deep_merge(tree, value)
+        section, dot, name = key.partition(".")
+        tree = deep_merge(tree, {section: {name: value} if dot else value})
     return tree
 
 

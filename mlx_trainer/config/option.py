@@ -1,61 +1,18 @@
 """One option of the schema: its strict type, its valid range, and the sentence that errors and `--help` share."""
 
-from collections.abc import Sequence
-from math import inf
+from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from attrs import NOTHING, Attribute, Converter, field, frozen
+from attrs import NOTHING, Attribute, Converter, field
 
 from mlx_trainer.config.error import ConfigError
+from mlx_trainer.config.valid import Filled, NotEmpty, Range
 
 _WORDS: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-@frozen
-class Range:
-    """The numbers an option takes: `at_least` and `at_most` are inclusive, `above` and `below` are not."""
-
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-
-    def __contains__(self, number: float) -> bool:
-        """Whether `number` is finite and lies inside every bound."""
-        return (
-            abs(number) < inf
-            and (self.at_least is None or number >= self.at_least)
-            and (self.above is None or number > self.above)
-            and (self.at_most is None or number <= self.at_most)
-            and (self.below is None or number < self.below)
-        )
-
-    def __str__(self) -> str:
-        """Return the bounds as a message says them."""
-        bounds = {
-            "at least": self.at_least,
-            "above": self.above,
-            "at most": self.at_most,
-            "below": self.below,
-        }
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
-
-
-@frozen
-class NotEmpty:
-    """Any text or list but the empty one."""
-
-    def __contains__(self, value: Sequence[object]) -> bool:
-        """Whether `value` has an item that is not empty itself."""
-        return len(value) > 0 and all(item != "" for item in value)
-
-    def __str__(self) -> str:
-        """Return the condition as a message says it."""
-        return "not empty"
-
-
-def option(help: str, default: Any = NOTHING, valid: Range | NotEmpty | None = None) -> Any:
+def option(help: str, default: Any = NOTHING, valid: Range | NotEmpty | Filled | None = None) -> Any:
     """Return an attrs field that takes its annotated type strictly and within `valid`; no default: it is required."""
     return field(
         default=default,
@@ -75,7 +32,8 @@ def read(value: object, attribute: "Attribute[Any]") -> Any:
 def expected(attribute: "Attribute[Any]") -> str:
     """Return what an option takes, in words: `a whole number, at least 1, or null`."""
     kinds = members(attribute.type)
-    words = [_describe(kind) for kind in kinds if kind is not NoneType]
+    *others, last = [_describe(kind) for kind in kinds if kind is not NoneType]
+    words = [f"{', '.join(others)} or {last}" if others else last]
     if attribute.metadata["valid"] is not None:
         words.append(str(attribute.metadata["valid"]))
     return ", ".join(words) + (", or null" if NoneType in kinds else "")
@@ -83,11 +41,17 @@ def expected(attribute: "Attribute[Any]") -> str:
 
 def _convert(value: object, attribute: "Attribute[Any]") -> Any:
     kinds = members(attribute.type)
-    if float in kinds and type(value) is int and abs(value) <= 2**53:
-        return float(value)
-    if is_list(kinds[0]) and isinstance(value, list):
+    if float in kinds:
+        return _as_float(value)
+    if isinstance(value, list) and any(map(is_list, kinds)):
         return tuple(value)
+    if isinstance(value, Mapping) and (kind := mapping_of(kinds)):
+        return {name: _as_float(item) if kind is float else item for name, item in value.items()}
     return value
+
+
+def _as_float(value: object) -> object:
+    return float(value) if type(value) is int and abs(value) <= 2**53 else value
 
 
 def _check(_: object, attribute: "Attribute[Any]", value: Any) -> None:
@@ -107,11 +71,19 @@ def is_list(kind: Any) -> bool:
     return get_origin(kind) is Sequence
 
 
+def mapping_of(kinds: Sequence[Any]) -> type | None:
+    """Return what the mapping among `kinds` maps text to, `str` or `float`; None where there is no mapping."""
+    return next((get_args(kind)[1] for kind in kinds if get_origin(kind) is Mapping), None)
+
+
 def _fits(value: object, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return type(value) is str and value in get_args(kind)
     if is_list(kind):
         return isinstance(value, tuple) and all(type(item) is str for item in value)
+    if get_origin(kind) is Mapping:
+        texts = isinstance(value, dict) and all(type(name) is str for name in value)
+        return texts and all(type(item) is get_args(kind)[1] for item in value.values())  # type: ignore[attr-defined]
     # `type(...) is`, not isinstance: True is an int to Python, and never a number here.
     return type(value) is kind
 
@@ -119,6 +91,8 @@ def _fits(value: object, kind: Any) -> bool:
 def _describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is Mapping:
+        return f"a mapping of text to {'numbers' if get_args(kind)[1] is float else 'text'}"
     return _WORDS.get(kind, "a list of text")
 
 

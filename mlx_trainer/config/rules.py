@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from attrs import fields
+
 if TYPE_CHECKING:
     from mlx_trainer.config.schema import Config
 
@@ -14,7 +16,8 @@ def contradictions(config: "Config") -> tuple[str, ...]:
 
 def unwise(config: "Config") -> tuple[str, ...]:
     """Return a sentence for each setting that is valid and likely to disappoint, with what to set instead."""
-    return (*_unwise_optimization(config), *_unwise_adapters(config), *_unwise_evaluation(config))
+    kinds = (_unwise_optimization, _unwise_batches, _unwise_adapters, _unwise_evaluation)
+    return tuple(sentence for kind in kinds for sentence in kind(config))
 
 
 def _contradictions(config: "Config") -> Iterator[str]:
@@ -29,11 +32,12 @@ def _contradictions(config: "Config") -> Iterator[str]:
             "evaluation.patience needs a held-out loss, and there are no held-out rows: "
             "set data.train_split below 1 or data.validation_path"
         )
-    if data.validation_path is not None and data.validation_path == data.dataset_path:
-        yield (
-            "data.validation_path is the same file as data.dataset_path: a loss on trained rows says nothing; "
-            "leave it out, and data.train_split holds rows back"
-        )
+    for path in data.validation_paths:
+        if path in data.train_paths:
+            yield (
+                f"data.validation_path has {path!r}, which is in data.dataset_path too: a loss on trained rows says "
+                "nothing; leave it out, and data.train_split holds rows back"
+            )
 
 
 def _unwise_optimization(config: "Config") -> Iterator[str]:
@@ -45,11 +49,6 @@ def _unwise_optimization(config: "Config") -> Iterator[str]:
             f"training.learning_rate {training.learning_rate:g} is high for {what}; "
             f"{highest / 5:g} is usual, and above {highest:g} runs often diverge"
         )
-    if training.batch_size * training.gradient_accumulation_steps == 1:
-        yield (
-            "training.batch_size times training.gradient_accumulation_steps is 1: a step of one row is noisy; "
-            "8 to 32 rows are usual"
-        )
     if training.max_steps is not None and training.warmup_steps >= training.max_steps:
         yield (
             f"training.warmup_steps {training.warmup_steps} does not fit training.max_steps ({training.max_steps}): "
@@ -57,6 +56,28 @@ def _unwise_optimization(config: "Config") -> Iterator[str]:
         )
     if training.max_grad_norm is None:
         yield "training.max_grad_norm is off: one bad batch can undo many steps; 1 is usual"
+
+
+def _unwise_batches(config: "Config") -> Iterator[str]:
+    training, longest = config.training, config.model.max_seq_length
+    tokens = training.batch_tokens
+    if tokens is None and training.batch_size * training.gradient_accumulation_steps == 1:
+        yield (
+            "training.batch_size times training.gradient_accumulation_steps is 1: a step of one row is noisy; "
+            "8 to 32 rows are usual"
+        )
+    if tokens is not None and training.batch_size != fields(type(training)).batch_size.default:
+        yield f"training.batch_size {training.batch_size} has no effect beside training.batch_tokens; set one of them"
+    if tokens is not None and tokens < longest:
+        yield (
+            f"training.batch_tokens {tokens} is less than model.max_seq_length ({longest}): a row that is longer makes "
+            f"a batch of one row and up to {longest} tokens; set at least {longest}, or lower model.max_seq_length"
+        )
+    if config.data.max_bad_share > 0.5:
+        yield (
+            f"data.max_bad_share {config.data.max_bad_share:g} trains on what is left of files that are mostly bad; "
+            "0.05 is usual"
+        )
 
 
 def _unwise_adapters(config: "Config") -> Iterator[str]:

@@ -1,16 +1,18 @@
 """The sections of a configuration: every option, its default, its valid range and its help text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from attrs import field, frozen
 
 from mlx_trainer.config.error import ConfigError
-from mlx_trainer.config.option import NotEmpty, Range, option
+from mlx_trainer.config.option import option
 from mlx_trainer.config.rules import contradictions
+from mlx_trainer.config.valid import Filled, NotEmpty, Range
 
 COUNT = Range(at_least=1)
 NOT_NEGATIVE = Range(at_least=0)
+SHARE = Range(at_least=0, at_most=1)
 NOT_EMPTY = NotEmpty()
 
 
@@ -24,7 +26,9 @@ class ModelConfig:
     cache_dir: str = option("Hugging Face cache that downloads go to", "~/.cache/huggingface", NOT_EMPTY)
     revision: str | None = option("Branch, tag or commit on the Hub", None, NOT_EMPTY)
     dtype: Literal["float16", "bfloat16", "float32"] = option("Type the base weights are held in", "float16")
-    max_seq_length: int = option("Longest row in tokens; longer rows are cut", 2048, Range(at_least=8))
+    max_seq_length: int = option(
+        "Longest row in tokens; data.truncation says what becomes of longer ones", 2048, Range(at_least=8)
+    )
     trust_remote_code: bool = option("Run Python code that comes with the model", False)
 
 
@@ -49,6 +53,7 @@ class TrainingConfig:
 
     method: Literal["lora", "full"] = option("Train LoRA adapters, or all weights", "lora")
     batch_size: int = option("Rows per micro-batch", 2, COUNT)
+    batch_tokens: int | None = option("Tokens per micro-batch instead, padding included", None, COUNT)
     gradient_accumulation_steps: int = option("Micro-batches per optimizer step", 4, COUNT)
     num_epochs: int = option("Passes over the training rows", 3, COUNT)
     max_steps: int | None = option("Stop after this many steps, even within an epoch", None, COUNT)
@@ -56,9 +61,7 @@ class TrainingConfig:
     schedule: Literal["cosine", "linear", "constant"] = option("Learning rate after the warm-up", "cosine")
     learning_rate: float = option("Highest learning rate", 2e-4, Range(above=0, at_most=1))
     warmup_steps: int = option("Steps over which the learning rate rises to its highest", 100, NOT_NEGATIVE)
-    weight_decay: float = option(
-        "Share of the weights taken off, times the learning rate", 0.01, Range(at_least=0, at_most=1)
-    )
+    weight_decay: float = option("Share of the weights taken off, times the learning rate", 0.01, SHARE)
     max_grad_norm: float | None = option("Gradients are scaled down to this global norm", 1.0, Range(above=0))
     save_steps: int = option("Steps between checkpoints", 100, COUNT)
     keep_last: int = option("Newest checkpoints that stay on disk", 3, COUNT)
@@ -69,17 +72,38 @@ class TrainingConfig:
 
 @frozen
 class DataConfig:
-    """The rows, and how they are split and ordered."""
+    """The rows, what becomes of them, and how they are split and ordered."""
 
-    dataset_path: str = option("JSONL file, or folder of train.jsonl and valid.jsonl", valid=NOT_EMPTY)
-    validation_path: str | None = option(
-        "JSONL file of held-out rows; without it the dataset is split", None, NOT_EMPTY
+    dataset_path: str | Sequence[str] | Mapping[str, float] = option(
+        "JSONL file, folder of train.jsonl and valid.jsonl, pattern or hf:owner/name; or several, also with weights",
+        valid=NotEmpty(weights=Range(above=0)),
     )
+    validation_path: str | Sequence[str] | None = option(
+        "JSONL file of held-out rows, or several; without it the dataset is split", None, NOT_EMPTY
+    )
+    fields: Mapping[str, str] = option("What the rows call the keys of their format", {}, Filled())
+    roles: Mapping[str, str] = option("What the rows' roles mean: system, user, assistant, …", {}, Filled())
     completion_style: Literal["chat", "raw"] = option("Make a chat of prompt and completion, or join them", "chat")
+    truncation: Literal["truncate", "split", "drop", "error"] = option(
+        "Rows that are too long are cut, made several (texts), left out, or refused", "truncate"
+    )
+    max_bad_share: float = option("More bad rows than this share of a source are refused", 0.05, SHARE)
+    max_shapes: int = option("Most distinct shapes of batches; each is compiled", 16, COUNT)
     train_split: float = option("Share of the rows that is trained on", 0.9, Range(above=0, at_most=1))
     shuffle: bool = option("Draw a new row order each epoch", True)
     seed: int = option("Seed of the split, the order, dropout and new weights", 42, NOT_NEGATIVE)
     num_workers: int = option("Threads that prepare batches ahead; 0 prepares them in the loop", 0, NOT_NEGATIVE)
+    cache_dir: str | None = option("Folder of the encoded rows; by default in the user's cache", None, NOT_EMPTY)
+
+    @property
+    def train_paths(self) -> tuple[str, ...]:
+        """The paths of `dataset_path`, however they are given, without weights."""
+        return (self.dataset_path,) if isinstance(self.dataset_path, str) else tuple(self.dataset_path)
+
+    @property
+    def validation_paths(self) -> tuple[str, ...]:
+        """The paths of `validation_path`, perhaps none."""
+        return (self.validation_path,) if isinstance(self.validation_path, str) else tuple(self.validation_path or ())
 
 
 @frozen

@@ -3,7 +3,7 @@
 from mlx_trainer.data.batch import IGNORED, Batch, BatchMetadata, collate
 from mlx_trainer.data.conversation import Conversation, DataError, Message, PromptCompletion, RowError, Text
 from mlx_trainer.data.encoding import SampleEncoder
-from mlx_trainer.data.example import render
+from mlx_trainer.data.example import Example, render, show_examples
 from mlx_trainer.data.formats import register_format
 from mlx_trainer.data.loader import BatchLoader
 from mlx_trainer.data.pipeline import DataPipeline
@@ -21,6 +21,7 @@ __all__ = [
     "DataPipeline",
     "DataReport",
     "DataSummary",
+    "Example",
     "Message",
     "PromptCompletion",
     "RowError",
@@ -32,6 +33,7 @@ __all__ = [
     "render",
     "report_on",
     "show",
+    "show_examples",
     "split",
     "warnings_of",
 ]

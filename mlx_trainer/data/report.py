@@ -7,27 +7,43 @@ from typing import Any
 import numpy as np
 from attrs import asdict, frozen
 
-from mlx_trainer.data.example import BEGIN, END, Example
+from mlx_trainer.data.doubts import batch_doubts, row_doubts
+from mlx_trainer.data.example import Example, show_examples
 from mlx_trainer.data.loader import Layout
 from mlx_trainer.data.pipeline import DataPipeline
 from mlx_trainer.data.shapes import Shape
 from mlx_trainer.data.summary import DataSummary
 
-MAX_PADDING_SHARE = 0.25
-MIN_TRAINED_SHARE = 0.01
+TOLD_SHAPES = 16
+"""A line tells at most so many shapes, the default of data.max_shapes."""
+
+
+@frozen
+class UsedShape:
+    """A shape of batches: `rows` of `length` tokens each, of which `positions` are computed, in so many `batches`."""
+
+    rows: int
+    length: int
+    positions: int
+    batches: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}×{self.length}"
 
 
 @frozen
 class DataReport:
     """The counts of `summary`, and what they mean for training.
 
-    `batches`, `shapes` (distinct ones, each compiled once), `epoch_tokens` and `epoch_positions` (tokens and padding)
-    are those of the training batches of epoch 0; steps are optimizer steps, `total_steps` those of the whole run.
+    `batches`, `shapes` (how many distinct ones, each compiled once), `used_shapes` (shortest first), `epoch_tokens` and
+    `epoch_positions` (tokens and padding) are those of the training batches of epoch 0; steps are optimizer steps,
+    `total_steps` those of the whole run. Unpadded batches have up to two shapes for each of the `used_shapes`.
     """
 
     summary: DataSummary
     batches: int
     shapes: int
+    used_shapes: tuple[UsedShape, ...]
     epoch_tokens: int
     epoch_positions: int
     steps_per_epoch: int
@@ -59,8 +75,9 @@ class DataReport:
         shapes = f"{self.shapes:,} {'shape, compiled once' if self.shapes == 1 else 'shapes, each compiled once'}"
         return [
             f"{self.trained_share:.1%} of the tokens are trained",
-            f"batches per epoch: {self.batches:,} of {shapes}; {self.padding_share:.1%} padding, "
+            f"batches per epoch: {self.batches:,}; {self.padding_share:.1%} padding, "
             f"{self.positions_per_token:.2f} positions computed per token",
+            f"{shapes}: {', '.join(told(self.used_shapes))} rows×tokens",
             f"optimizer steps: {self.steps_per_epoch:,} per epoch, {self.total_steps:,} in all",
         ]
 
@@ -71,6 +88,7 @@ class DataReport:
             "batches": self.batches,
             "layout": self.layout,
             "shapes": self.shapes,
+            "used_shapes": [asdict(shape) for shape in self.used_shapes],
             "padding_share": self.padding_share,
             "positions_per_token": self.positions_per_token,
             "steps_per_epoch": self.steps_per_epoch,
@@ -100,10 +118,16 @@ def report_on(
     steps = math.ceil(len(planned) / accumulate)
     positions = np.array([positions_of(shape, loader.layout) for shape in planned.shapes], np.int64)
     lengths = loader.rows.lengths[loader.row_numbers(0, planned.order)]
+    used = np.bincount(planned.classes, minlength=len(planned.shapes)).tolist()
     return DataReport(
         summary=pipeline.summary,
         batches=len(planned),
         shapes=loader.shapes,
+        used_shapes=tuple(
+            UsedShape(shape.rows, shape.length, positions_of(shape, loader.layout), batches)
+            for shape, batches in zip(planned.shapes, used, strict=True)
+            if batches
+        ),
         epoch_tokens=int(lengths.sum(dtype=np.int64)),
         epoch_positions=int(positions[planned.classes].sum()),
         steps_per_epoch=steps,
@@ -118,61 +142,23 @@ def positions_of(shape: Shape, layout: Layout) -> int:
     return shape.tokens if layout == "unpadded" else shape.rows * shape.length
 
 
+def told(shapes: Sequence[UsedShape]) -> list[str]:
+    """The shapes as text; of more than `TOLD_SHAPES` the shortest and the longest, which cost the most memory."""
+    texts = [str(shape) for shape in shapes]
+    half = TOLD_SHAPES // 2
+    return texts if len(texts) <= TOLD_SHAPES else [*texts[:half], "…", *texts[-half:]]
+
+
 def warnings_of(report: DataReport) -> list[str]:
     """A sentence for each thing that is likely to be wrong, with what would be right."""
-    found = (*row_warnings(report.summary), *batch_warnings(report))
+    found = (*row_doubts(report.summary), *batch_doubts(report.padding_share, report.trained_share))
     return [sentence for applies, sentence in found if applies]
-
-
-Warnings = tuple[tuple[bool, str], ...]
-"""Whether each sentence applies."""
-
-
-def row_warnings(summary: DataSummary) -> Warnings:
-    """Rows that cannot be used, lose something, or are there twice."""
-    longer = f"raise model.max_seq_length (the longest row has {summary.length_max:,} tokens) or shorten them"
-    counts = (
-        (summary.bad_rows, "rows cannot be used; repair them"),
-        (summary.truncated_rows, f"rows were cut at the maximum length; {longer}"),
-        (summary.dropped_rows, f"rows were dropped, as nothing was left to train; {longer}"),
-        (summary.duplicate_rows, "rows repeat an earlier one and weigh as much again; drop them unless that is meant"),
-    )
-    leaks = (
-        f"{summary.leaked_rows:,} of {summary.validation_rows:,} rows held out are trained too, so that the held-out "
-        "loss is too low; keep each row on one side"
-    )
-    told = tuple((count > 0, f"{count:,} of {summary.rows:,} {what}") for count, what in counts)
-    return (*told, (summary.leaked_rows > 0, leaks))
-
-
-def batch_warnings(report: DataReport) -> Warnings:
-    """Batches that cost more than they need, or train next to nothing."""
-    return (
-        (
-            report.padding_share > MAX_PADDING_SHARE,
-            f"{report.padding_share:.1%} of the positions are padding, more than {MAX_PADDING_SHARE:.0%}; "
-            "each row is padded to the next of few lengths: a larger data.max_shapes or a smaller training.batch_size "
-            "gives less",
-        ),
-        (
-            report.trained_share < MIN_TRAINED_SHARE,
-            f"{report.trained_share:.1%} of the tokens are trained, less than {MIN_TRAINED_SHARE:.0%}; "
-            "shorten the prompts, or give longer answers",
-        ),
-    )
 
 
 def show(report: DataReport) -> None:
     """Print lines, warnings and examples on stdout: trained text in green, or between markers where colour is off."""
     from rich.console import Console
 
-    console = Console(highlight=False)
     for line in (*report.lines(), *(f"warning: {sentence}" for sentence in warnings_of(report))):
         print(line)
-    plain = console.color_system is None or console.no_color
-    for example in report.examples:
-        print(f"\n{example.source}, trained {f'between {BEGIN} and {END}' if plain else 'in green'}:")
-        if plain:
-            print(example.plain())
-        else:
-            console.print(example.coloured(), soft_wrap=True)
+    show_examples(report.examples, Console())

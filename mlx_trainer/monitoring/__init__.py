@@ -9,6 +9,7 @@ from mlx_trainer.monitoring.memory import MemoryStats, check_available, log_memo
 from mlx_trainer.monitoring.metrics import MetricsTracker
 from mlx_trainer.monitoring.report import write_report
 from mlx_trainer.monitoring.secrets import mask_secrets
+from mlx_trainer.monitoring.visible import visible
 
 __all__ = [
     "JsonLines",
@@ -24,6 +25,7 @@ __all__ = [
     "read_memory",
     "setup_logging",
     "stderr_console",
+    "visible",
     "write_atomic",
     "write_environment",
     "write_report",

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_trainer.monitoring.charts import line_chart
+from mlx_trainer.monitoring.data_section import data_section
 from mlx_trainer.monitoring.error import MonitoringError
 from mlx_trainer.monitoring.files import read_json_lines, write_atomic
 from mlx_trainer.monitoring.metrics import MetricsTracker, format_value
 from mlx_trainer.monitoring.style import STYLE
+from mlx_trainer.monitoring.table import table
 
 _CHARTS = (
     ("Loss", ("train/loss", "val/loss")),
@@ -60,8 +62,8 @@ def _metrics_part(path: Path) -> list[str]:
         if any(name in recorded for name in names)
     ]
     rows = [[name, *_figures(steps, values)] for name, (steps, values) in recorded.items()]
-    table = _table(["metric", "first", "last", "lowest", "at step", "highest", "at step", "median"], rows)
-    return [f'<div class="charts">{"".join(charts)}</div>', "<h2>Figures</h2>", table]
+    figures = table(["metric", "first", "last", "lowest", "at step", "highest", "at step", "median"], rows)
+    return [f'<div class="charts">{"".join(charts)}</div>', "<h2>Figures</h2>", figures]
 
 
 def _figures(steps: Sequence[int], values: Sequence[float]) -> list[str]:
@@ -99,8 +101,9 @@ def _environment_part(path: Path) -> list[str]:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MonitoringError(f"cannot read {path}: {error}") from error
+    data = facts.pop("data") if isinstance(facts.get("data"), Mapping) else {}
     rows = [[str(name), _text(value)] for name, value in facts.items()]
-    return ["<h2>Environment</h2>", _table(["", ""], rows)]
+    return [*(data_section(data) if data else ()), "<h2>Environment</h2>", table(["", ""], rows)]
 
 
 def _config_part(path: Path) -> list[str]:
@@ -116,11 +119,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_text, value))
     return "–" if value is None else str(value)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    heading = line(head, "th") if any(head) else ""
-    return f'<div class="wide"><table>{heading}{"".join(line(row, "td") for row in rows)}</table></div>'

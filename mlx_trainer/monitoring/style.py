@@ -2,10 +2,10 @@
 
 STYLE = """\
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5c6570; --edge: #d9dee4; --page: #ffffff; --panel: #f6f7f9;
-  --first: #1f6fd1; --second: #c8551b; }
+  --first: #1f6fd1; --second: #c8551b; --trained: #d3f0d8; --doubt: #b3261e; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ed; --soft: #9aa4af; --edge: #343b43; --page: #14171b; --panel: #1c2026;
-    --first: #5b9df0; --second: #ee8a4f; } }
+    --first: #5b9df0; --second: #ee8a4f; --trained: #1d4a2b; --doubt: #f2836b; } }
 * { box-sizing: border-box; }
 body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
@@ -30,5 +30,9 @@ th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--edge); t
 th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child { text-align: left; }
 pre { margin: 0; padding: .8rem; overflow-x: auto; border-radius: 6px; background: var(--panel); white-space: pre-wrap;
   font-size: 13px; }
+.groups { display: flex; flex-wrap: wrap; gap: 0 3rem; }
+.warnings { margin: .5rem 0; padding-left: 1.2rem; color: var(--doubt); }
+mark { background: none; color: inherit; unicode-bidi: isolate; }
+mark.trained { background: var(--trained); border-radius: 3px; } mark.remark { color: var(--soft); font-style: italic; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 1rem; }
 """

@@ -1,6 +1,6 @@
 """A configuration as text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mlx_trainer.config import Config, ConfigError, DataConfig, load_config, to_yaml
 from mlx_trainer.config.keys import sections
-from mlx_trainer.config.option import Range, members
+from mlx_trainer.config.option import members
+from mlx_trainer.config.valid import Filled, Range
 
 # What YAML cannot hold at all is no part of the promise: control characters, lone surrogates.
 text = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12) | st.sampled_from(
@@ -39,14 +40,18 @@ def values(option: Any) -> st.SearchStrategy[Any]:
         ),
         str: text,
     }
-    return st.one_of(*(_alternative(kind, strategies) for kind in members(option.type)))
+    fewest = 0 if isinstance(valid, Filled) else 1
+    return st.one_of(*(_alternative(kind, strategies, fewest) for kind in members(option.type)))
 
 
-def _alternative(kind: Any, strategies: dict[Any, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+def _alternative(kind: Any, strategies: dict[Any, st.SearchStrategy[Any]], fewest: int) -> st.SearchStrategy[Any]:
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
     if get_origin(kind) is Sequence:
         return st.lists(text, min_size=1, max_size=3).map(tuple)
+    if get_origin(kind) is Mapping:
+        items = text if get_args(kind)[1] is str else st.floats(0, exclude_min=True, allow_infinity=False)
+        return st.dictionaries(text, items, min_size=fewest, max_size=3)
     return strategies[kind]
 
 
@@ -72,6 +77,13 @@ def test_a_dumped_configuration_loads_back_equal(config: Config, tmp_path_factor
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(path) == config
     assert to_yaml(load_config(path)) == to_yaml(config)
+
+
+def test_paths_with_weights_keep_their_order() -> None:
+    """The order of the sources, which decides the plan, is the one that was written."""
+    dumped = to_yaml(Config(data=DataConfig({"z.jsonl": 2, "a.jsonl": 0.5}, fields={"prompt": "q", "completion": "a"})))
+    assert "  dataset_path:\n    z.jsonl: 2.0\n    a.jsonl: 0.5\n" in dumped
+    assert "  fields:\n    prompt: q\n    completion: a\n  roles: {}\n" in dumped
 
 
 def test_the_text_names_every_option_in_the_order_of_the_schema(tmp_path: Path) -> None:

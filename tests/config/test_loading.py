@@ -68,15 +68,16 @@ def test_every_problem_is_told_at_once_with_its_file_key_value_and_range() -> No
         "training: {learning_rte: 1e-4, epochs: 2, zzz: 3, rank: 1}\ndata: {shuffle: no}\n",
     )
     keys = (
-        "known keys: method, batch_size, gradient_accumulation_steps, num_epochs, max_steps, optimizer, schedule, "
-        "learning_rate, warmup_steps, weight_decay, max_grad_norm, save_steps, keep_last, keep_best, eval_steps, "
-        "logging_steps"
+        "known keys: method, batch_size, batch_tokens, gradient_accumulation_steps, num_epochs, max_steps, optimizer, "
+        "schedule, learning_rate, warmup_steps, weight_decay, max_grad_norm, save_steps, keep_last, keep_best, "
+        "eval_steps, logging_steps"
     )
     assert sorted(error_of(path, data__seed=-1).split("\n")) == [
         "base.yaml: lora.rank is 1.7; it must be a whole number, at least 1",
         "base.yaml: model is 5; it must be a section of keys and values",
         "override: data.seed is -1; it must be a whole number, at least 0",
-        "recipe.yaml: data.dataset_path is required: JSONL file, or folder of train.jsonl and valid.jsonl",
+        "recipe.yaml: data.dataset_path is required: JSONL file, folder of train.jsonl and valid.jsonl, pattern or "
+        "hf:owner/name; or several, also with weights",
         "recipe.yaml: data.shuffle is 'no'; it must be true or false",
         "recipe.yaml: foo is not a known key; known keys: model, lora, training, data, evaluation, run",
         "recipe.yaml: learning_rate is not a known key; did you mean training.learning_rate?",
@@ -158,6 +159,14 @@ def test_a_contradiction_is_told_with_the_file_that_wrote_it() -> None:
 
 values = st.none() | st.integers(0, 9) | st.lists(st.integers(0, 9), max_size=2)
 sections = st.dictionaries(st.sampled_from("ab"), st.dictionaries(st.sampled_from("xyz"), values))
+
+
+def test_a_mapping_is_replaced_whole_as_a_list_is() -> None:
+    """A file's data, fields and roles stand for themselves; those of the file that it extends are not among them."""
+    write("base.yaml", "data: {dataset_path: {a.jsonl: 1, b.jsonl: 2}, fields: {prompt: q}, roles: {bot: assistant}}\n")
+    path = write("recipe.yaml", "extends: base.yaml\ndata: {dataset_path: {c.jsonl: 0.5}, fields: {text: t}}\n")
+    data = load_config(path, overrides={"data.roles": {}}).data
+    assert (data.dataset_path, data.fields, data.roles) == ({"c.jsonl": 0.5}, {"text": "t"}, {})
 
 
 @given(lower=sections, upper=sections)

@@ -40,7 +40,59 @@ REFUSED = [
         {"dataset_path": "a", "train_split": 0},
         "train_split is 0.0; it must be a number, above 0 and at most 1",
     ),
-    (DataConfig, {"dataset_path": 5}, "dataset_path is 5; it must be text, not empty"),
+    *[
+        (
+            DataConfig,
+            {"dataset_path": path},
+            f"dataset_path is {shown}; it must be text, a list of text or a mapping of text to numbers, not empty, "
+            "weights above 0",
+        )
+        for path, shown in [
+            (5, "5"),
+            ([], "[]"),
+            (["a.jsonl", 5], "['a.jsonl', 5]"),
+            ({}, "{}"),
+            ({"a.jsonl": 0}, "{'a.jsonl': 0.0}"),
+            ({"a.jsonl": float("inf")}, "{'a.jsonl': inf}"),
+            ({"a.jsonl": True}, "{'a.jsonl': True}"),
+            ({"a.jsonl": "2"}, "{'a.jsonl': '2'}"),
+            ({"": 1}, "{'': 1.0}"),
+        ]
+    ],
+    *[
+        (
+            DataConfig,
+            {"dataset_path": "a", "validation_path": path},
+            f"validation_path is {shown}; it must be text or a list of text, not empty, or null",
+        )
+        for path, shown in [({"b.jsonl": 1}, "{'b.jsonl': 1}"), ([], "[]"), (["b.jsonl", ""], "['b.jsonl', '']")]
+    ],
+    *[
+        (
+            DataConfig,
+            {"dataset_path": "a", "fields": fields},
+            f"fields is {shown}; it must be a mapping of text to text, none of it empty",
+        )
+        for fields, shown in [
+            ("prompt=q", "'prompt=q'"),
+            (None, "null"),
+            (["prompt", "q"], "['prompt', 'q']"),
+            ({"prompt": 5}, "{'prompt': 5}"),
+            ({"prompt": ""}, "{'prompt': ''}"),
+        ]
+    ],
+    (
+        DataConfig,
+        {"dataset_path": "a", "truncation": "cut"},
+        "truncation is 'cut'; it must be one of truncate, split, drop, error",
+    ),
+    (
+        DataConfig,
+        {"dataset_path": "a", "max_bad_share": 5},
+        "max_bad_share is 5.0; it must be a number, at least 0 and at most 1",
+    ),
+    (DataConfig, {"dataset_path": "a", "max_shapes": 0}, "max_shapes is 0; it must be a whole number, at least 1"),
+    (TrainingConfig, {"batch_tokens": 0}, "batch_tokens is 0; it must be a whole number, at least 1, or null"),
 ]
 
 
@@ -59,6 +111,25 @@ def test_whole_numbers_stand_for_numbers_and_lists_are_stored_as_tuples() -> Non
     lora = LoRAConfig(alpha=64, target_modules=["k_proj", "o_proj"])
     assert (type(lora.alpha), lora.alpha, lora.target_modules) == (float, 64.0, ("k_proj", "o_proj"))
     assert LoRAConfig(rank=8, alpha=20).scale == 2.5
+
+
+def test_mappings_are_copied_and_whole_weights_are_numbers() -> None:
+    """What a caller does to its mapping afterwards changes no configuration, and defaults are shared by none."""
+    weights, names = {"a.jsonl": 2, "b.jsonl": 0.5}, {"prompt": "q"}
+    data = DataConfig(weights, fields=names)
+    weights.clear()
+    names.clear()
+    assert (data.dataset_path, data.fields) == ({"a.jsonl": 2.0, "b.jsonl": 0.5}, {"prompt": "q"})
+    assert type(data.dataset_path["a.jsonl"]) is float  # type: ignore[call-overload, index]
+    assert DataConfig("a").roles is not DataConfig("a").roles
+
+
+def test_paths_are_told_without_their_weights() -> None:
+    """However the data is given, the configuration lists its paths."""
+    kinds: list[str | list[str] | dict[str, float]] = ["a", ["a"], ["a", "b"], {"a": 1, "b": 2}]
+    assert [DataConfig(kind).train_paths for kind in kinds] == [("a",), ("a",), ("a", "b"), ("a", "b")]
+    held_out = [DataConfig("a", validation_path=path).validation_paths for path in (None, "b", ["b", "c"])]
+    assert held_out == [(), ("b",), ("b", "c")]
 
 
 def test_the_names_and_defaults_that_recipes_rely_on() -> None:
@@ -115,6 +186,14 @@ def test_every_option_has_a_help_text_and_words_for_what_it_takes() -> None:
         ("data.shuffle", "no", "no"),
         ("data.validation_path", "null", None),
         ("data.dataset_path", "1e-4", "1e-4"),
+        ("data.dataset_path", "a,b.jsonl", "a,b.jsonl"),
+        ("data.dataset_path", "[a.jsonl, b.jsonl]", ["a.jsonl", "b.jsonl"]),
+        ("data.dataset_path", "{a.jsonl: 0.5, b.jsonl: 2}", {"a.jsonl": 0.5, "b.jsonl": 2}),
+        ("data.dataset_path", "[ab]*.jsonl", "[ab]*.jsonl"),
+        ("data.dataset_path", "{a", "{a"),
+        ("data.validation_path", "[a.jsonl]", ["a.jsonl"]),
+        ("data.validation_path", "{a.jsonl: 1}", "{a.jsonl: 1}"),
+        ("model.model_name", "[a]", "[a]"),
         ("lora.target_modules", "q_proj,v_proj", ["q_proj", "v_proj"]),
         ("lora.target_modules", "[q_proj, v_proj]", ["q_proj", "v_proj"]),
         ("lora.target_modules", "q_proj", ["q_proj"]),

@@ -22,8 +22,13 @@ DATA: dict[str, object] = {"data.dataset_path": "chats.jsonl"}
         ),
         (
             {"data.validation_path": "chats.jsonl"},
-            "data.validation_path is the same file as data.dataset_path: a loss on trained rows says nothing; "
-            "leave it out, and data.train_split holds rows back",
+            "data.validation_path has 'chats.jsonl', which is in data.dataset_path too: a loss on trained rows says "
+            "nothing; leave it out, and data.train_split holds rows back",
+        ),
+        (
+            {"data.dataset_path": {"a.jsonl": 1, "b.jsonl": 2}, "data.validation_path": ["c.jsonl", "b.jsonl"]},
+            "data.validation_path has 'b.jsonl', which is in data.dataset_path too: a loss on trained rows says "
+            "nothing; leave it out, and data.train_split holds rows back",
         ),
     ],
 )
@@ -67,6 +72,23 @@ def test_the_same_options_apart_are_fine() -> None:
                 "training.batch_size times training.gradient_accumulation_steps is 1: a step of one row is noisy; "
                 "8 to 32 rows are usual",
             ),
+        ),
+        (
+            {"training.batch_size": 1, "training.gradient_accumulation_steps": 1, "training.batch_tokens": 4096},
+            ("training.batch_size 1 has no effect beside training.batch_tokens; set one of them",),
+        ),
+        ({"training.batch_tokens": 2048}, ()),
+        (
+            {"training.batch_tokens": 2047},
+            (
+                "training.batch_tokens 2047 is less than model.max_seq_length (2048): a row that is longer makes a "
+                "batch of one row and up to 2048 tokens; set at least 2048, or lower model.max_seq_length",
+            ),
+        ),
+        ({"data.max_bad_share": 0.5}, ()),
+        (
+            {"data.max_bad_share": 0.6},
+            ("data.max_bad_share 0.6 trains on what is left of files that are mostly bad; 0.05 is usual",),
         ),
         (
             {"training.max_steps": 100, "training.save_steps": 50},

@@ -1,6 +1,7 @@
 """The report: exact figures of a small file, and rows whose marks are the labels."""
 
 import json
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_trainer.data import IGNORED, DataPipeline, DataReport, collate, render, report_on, show, warnings_of
 from mlx_trainer.data.example import Example, Span
-from mlx_trainer.data.rows import TokenRow
+from mlx_trainer.data.loader import Layout
+from mlx_trainer.data.report import UsedShape
+from mlx_trainer.data.shapes import Shape
+from mlx_trainer.data.store import TokenRow
 from tests.data.conftest import WriteRows
 from tests.data.tokenizers_for_tests import mistral_tokenizer
 from tests.tiny import write_tokenizer
@@ -45,7 +49,10 @@ def dogs(count: int) -> dict[str, Any]:
 
 @pytest.fixture
 def report(write_rows: WriteRows, tiny: PreTrainedTokenizerFast) -> DataReport:
-    """The report of chats of 13, 32, 48, 87 and 14 tokens, cut at 44, in batches of two in the file's order."""
+    """The report of chats of 13, 32, 48, 87 and 14 tokens, cut at 44, in batches of two in the file's order.
+
+    There are too few rows for a class of short ones, so all are padded to 48.
+    """
     path = write_rows([dogs(1), dogs(20), dogs(36), {"prompt": "dog " * 80, "completion": "!"}, dogs(2)])
     pipeline = DataPipeline(path, tiny, max_seq_length=44, train_split=1.0, shuffle=False)
     examples = [render(row, tiny) for row in pipeline.train_rows[:1]]
@@ -58,6 +65,7 @@ def test_figures_of_a_small_file(report: DataReport) -> None:
         "rows": 5,
         "bad_rows": 0,
         "truncated_rows": 1,
+        "split_rows": 0,
         "dropped_rows": 1,
         "train_rows": 4,
         "validation_rows": 0,
@@ -68,9 +76,11 @@ def test_figures_of_a_small_file(report: DataReport) -> None:
         "length_max": 87,
         "trained_share": 28 / 103,
         "batches": 2,
-        "shapes": 2,
-        "padding_share": 1 - 103 / (2 * 32 + 2 * 44),
-        "positions_per_token": (2 * 32 + 2 * 44) / 103,
+        "layout": "padded",
+        "shapes": 1,
+        "used_shapes": [{"rows": 2, "length": 48, "positions": 96, "batches": 2}],
+        "padding_share": 1 - 103 / (4 * 48),
+        "positions_per_token": 4 * 48 / 103,
         "steps_per_epoch": 1,
         "total_steps": 3,
     }
@@ -79,14 +89,34 @@ def test_figures_of_a_small_file(report: DataReport) -> None:
 
 
 def test_lines(report: DataReport) -> None:
-    """The same figures for people; the last three are what the summary has not."""
+    """The same figures for people; the last four are what the summary has not."""
     assert report.lines() == [
         *str(report.summary).splitlines(),
         "27.2% of the tokens are trained",
-        "batches per epoch: 2 of 2 shapes, each compiled once; 32.2% padding, 1.48 positions computed per token",
+        "batches per epoch: 2; 46.4% padding, 1.86 positions computed per token",
+        "1 shape, compiled once: 2×48 rows×tokens",
         "optimizer steps: 1 per epoch, 3 in all",
     ]
-    assert report.lines()[-3:] == report.epoch_lines()
+    assert report.lines()[-4:] == report.epoch_lines()
+
+
+@pytest.mark.parametrize(
+    ("count", "line"),
+    [
+        (2, "2 shapes, each compiled once: 4×8, 4×16 rows×tokens"),
+        (
+            17,
+            "17 shapes, each compiled once: 4×8, 4×16, 4×24, 4×32, 4×40, 4×48, 4×56, 4×64, …, "
+            "4×80, 4×88, 4×96, 4×104, 4×112, 4×120, 4×128, 4×136 rows×tokens",
+        ),
+    ],
+)
+def test_shapes_are_told_in_a_line(count: int, line: str, report: DataReport) -> None:
+    """All of up to 16, else the shortest and the longest ones; the figures have them all."""
+    shapes = tuple(UsedShape(4, 8 * n, 32 * n, n) for n in range(1, count + 1))
+    many = evolve(report, shapes=count, used_shapes=shapes)
+    assert many.epoch_lines()[2] == line
+    assert many.figures()["used_shapes"] == [asdict(shape) for shape in shapes]
 
 
 def test_as_dict_is_json(report: DataReport) -> None:
@@ -104,14 +134,17 @@ def test_as_dict_is_json(report: DataReport) -> None:
     ]
 
 
-def test_figures_are_those_of_the_batches(write_rows: WriteRows, tiny: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("layout", ["padded", "unpadded"])
+def test_figures_are_those_of_the_batches(layout: Layout, write_rows: WriteRows, tiny: PreTrainedTokenizerFast) -> None:
     """What is computed from lengths and plan equals what the batches of epoch 0 hold, at any batch size."""
     path = write_rows([dogs(7 * n % 60 + 1) for n in range(23)])
     for batch_size in (1, 3, 4, 30):
-        pipeline = DataPipeline(path, tiny, batch_size=batch_size, max_seq_length=60, train_split=0.9)
+        pipeline = DataPipeline(path, tiny, batch_size=batch_size, max_seq_length=60, train_split=0.9, layout=layout)
         report, batches = report_on(pipeline, accumulate=2, epochs=2), list(pipeline.train_loader())
         assert report.batches == len(batches)
-        assert report.shapes == len({batch.input_ids.shape for batch in batches})
+        shapes = Counter((batch.input_ids if layout == "padded" else batch.grid).shape for batch in batches)
+        assert {(shape.rows, shape.length): shape.batches for shape in report.used_shapes} == shapes
+        assert len(shapes) <= report.shapes <= (1 if layout == "padded" else 2) * len(shapes)
         assert report.epoch_positions == sum(batch.input_ids.size for batch in batches)
         assert report.epoch_tokens == sum(batch.metadata.tokens for batch in batches)
         assert (report.steps_per_epoch, report.total_steps) == (-(-len(batches) // 2), 2 * -(-len(batches) // 2))
@@ -137,7 +170,7 @@ def test_trained_text_is_the_labels(kind: str, write_rows: WriteRows, tiny: PreT
         spans = render(row, tokenizer).spans
         assert "".join(span.text for span in spans) == tokenizer.decode(row.ids)
         assert all(a.trained != b.trained for a, b in pairwise(spans))
-        labels = collate([row], max_seq_length=2048).labels
+        labels = collate([row], Shape(1, len(row), len(row))).labels
         assert "".join(span.text for span in spans if span.trained) == tokenizer.decode(labels[labels != IGNORED])
 
 
@@ -149,22 +182,42 @@ def test_no_blank_is_lost_between_spans() -> None:
             return "".join(" abcd"[id] for id in token_ids).removeprefix(" ")
 
     ids, trained = np.array([0, 1, 0, 2, 0, 3], np.int32), np.array([0, 0, 1, 1, 0, 0], np.bool_)
-    row = TokenRow("x.jsonl:1", 0, ids=ids, trained=trained)
+    row = TokenRow("x.jsonl:1", ids=ids, trained=trained)
     assert render(row, Stripping()).plain() == "a⟦ b⟧ c"
 
 
 def test_control_characters_are_shown_and_not_obeyed() -> None:
     """A row cannot recolour or overwrite the terminal; line ends and tabs stay, and JSON has the text as it is."""
-    example = Example("x.jsonl:1", (Span("a\r\n\tb", False), Span("\x1b[2J\x9b [b]c", True)))
-    assert example.plain() == "a\\r\n\tb⟦\\x1b[2J\\x9b [b]c⟧"
-    assert example.coloured().plain == "a\\r\n\tb\\x1b[2J\\x9b [b]c"
+    example = Example("x.jsonl:1", (Span("a\r\n\tb\u202e", False), Span("\x1b[2J\x9b [b]c", True)))
+    assert example.plain() == "a\\r\n\tb\\u202e⟦\\x1b[2J\\x9b [b]c⟧"
+    assert example.coloured().plain == "a\\r\n\tb\\u202e\\x1b[2J\\x9b [b]c"
+
+
+ROW = Example("x.jsonl:1", (Span("abc", False), Span("defgh", True), Span("ij", False)))
+
+
+def test_a_long_row_is_shown_by_its_ends() -> None:
+    """As many characters as are asked for stay, each marked as before; a remark says how many do not."""
+    assert ROW.shortened(10) is ROW
+    assert ROW.shortened(9).plain() == "abc⟦de⟧ [… 1 character left out …] ⟦gh⟧ij"
+    for most in range(10):
+        spans = ROW.shortened(most).spans
+        (remark,) = (span for span in spans if span.trained is None)
+        texts = [span.text for span in spans if span.trained is not None]
+        assert (sum(map(len, texts)), f"… {10 - most} character" in remark.text) == (most, True)
+        assert all(texts)
+
+
+def test_every_text_of_a_row_can_be_changed() -> None:
+    """Access tokens can be hidden; what is trained stays the same."""
+    assert ROW.changed(str.upper).plain() == "ABC⟦DEFGH⟧IJ"
 
 
 SUMMARY_WARNINGS = {
     "bad_rows": "2 of 5 rows cannot be used; repair them",
     "truncated_rows": "2 of 5 rows were cut at the maximum length; "
     "raise model.max_seq_length (the longest row has 87 tokens) or shorten them",
-    "dropped_rows": "2 of 5 rows were dropped, as nothing was left to train; "
+    "dropped_rows": "2 of 5 rows were dropped for their length; "
     "raise model.max_seq_length (the longest row has 87 tokens) or shorten them",
     "duplicate_rows": "2 of 5 rows repeat an earlier one and weigh as much again; drop them unless that is meant",
     "leaked_rows": "2 of 3 rows held out are trained too, so that the held-out loss is too low; "
@@ -189,14 +242,12 @@ def test_each_kind_of_row_is_warned_of(name: str, clean: DataReport) -> None:
 
 
 def test_each_limit_is_warned_of(clean: DataReport) -> None:
-    """More than 16 shapes, more than 25 % padding and less than 1 % trained tokens each have their sentence."""
-    assert warnings_of(evolve(clean, shapes=17)) == [
-        "batches have 17 shapes, more than 16, and each is compiled once; a lower model.max_seq_length gives fewer"
-    ]
+    """More than 25 % padding and less than 1 % trained tokens each have their sentence; many shapes were asked for."""
+    assert warnings_of(evolve(clean, shapes=100)) == []
     assert warnings_of(evolve(clean, epoch_tokens=74)) == [
         "26.0% of the positions are padding, more than 25%; "
-        "batches are padded to their longest row and a multiple of 32, so a smaller training.batch_size "
-        "or rows of more even length give less"
+        "each row is padded to the next of few lengths: smaller batches give less, and where all data.max_shapes "
+        "shapes are in use, more of them"
     ]
     assert warnings_of(evolve(clean, summary=evolve(clean.summary, trained_tokens=9))) == [
         "0.9% of the tokens are trained, less than 1%; shorten the prompts, or give longer answers"

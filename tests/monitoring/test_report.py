@@ -1,7 +1,9 @@
 """The page about a run: complete, safe, drawn from what was recorded."""
 
+import json
 import math
 import re
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -68,6 +70,68 @@ def test_everything_recorded_is_on_the_page_and_nothing_of_it_is_markup(run_dir:
     assert page.count("&lt;script&gt;") == 4
     assert "a &lt;b&gt;" in page
     assert "mlx 1.2\nnone –" in page
+
+
+SPANS = [
+    {"text": f"\n{HOSTILE}\x1b[2J\r\x00 ", "trained": False},
+    {"text": f"{HOSTILE} \t\u202e</pre>", "trained": True},
+    {"text": " [… 5 characters left out …] ", "trained": None},
+]
+DATA = {
+    "rows": 12345,
+    "bad_rows": 1,
+    "leaked_rows": 3,
+    "trained_share": 0.25,
+    "padding_share": 0.031,
+    "positions_per_token": 1.0321,
+    "shapes": 2,
+    "used_shapes": [{"rows": 4, "length": 1024, "positions": 4096, "batches": 7}],
+    "layout": "padded",
+    "warnings": [f"1 of 12,345 rows cannot be used: {HOSTILE}"],
+    "examples": [{"source": f"{HOSTILE}.jsonl:1", "spans": SPANS}],
+}
+
+
+def test_the_data_has_a_section_of_its_own(tmp_path: Path) -> None:
+    """Figures, warnings and rows with their trained text marked; whatever a row holds stays text."""
+    write_atomic(tmp_path / "environment.json", json.dumps({"device": "cpu", "data": DATA}))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    tags = Tags(page)
+    assert tags.open == []
+    assert "script" not in tags.names
+    figures = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", page))
+    assert figures == {
+        "read": "12,345",
+        "bad": "1",
+        "held out and trained too": "3",
+        "share that is trained": "25.0%",
+        "padding": "3.1%",
+        "positions computed per token": "1.03",
+        "distinct shapes": "2",
+        "layout": "padded",
+        "device": "cpu",
+    }
+    assert "<td>4</td><td>1,024</td><td>4,096</td><td>7</td>" in page
+    hostile = escape(HOSTILE)
+    assert f"<li>1 of 12,345 rows cannot be used: {hostile}</li>" in page
+    assert f'<h3>{hostile}.jsonl:1, <mark class="trained">trained text</mark> marked</h3>' in page
+    assert (
+        f"<pre><mark>\n{hostile}\\x1b[2J\\r\\x00 </mark>"
+        f'<mark class="trained">{hostile} \t\\u202e&lt;/pre&gt;</mark>'
+        '<mark class="remark"> [… 5 characters left out …] </mark></pre>'
+    ) in page
+    assert re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page) is None
+
+
+@pytest.mark.parametrize(
+    "data", ["sha256:12", {}, {"rows": None}, {"examples": [1, {"spans": 2}, {"spans": [3]}], "used_shapes": ["x", {}]}]
+)
+def test_other_data_in_the_environment_is_no_error(data: object, tmp_path: Path) -> None:
+    """A program may write what it likes there; a page is made all the same."""
+    write_atomic(tmp_path / "environment.json", json.dumps({"device": "cpu", "data": data}))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert Tags(page).open == []
+    assert ("sha256:12" in page) == (data == "sha256:12")
 
 
 def test_figures_and_samples_are_the_recorded_ones(run_dir: Path) -> None:
