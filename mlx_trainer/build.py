@@ -205,6 +205,7 @@ def build_data(config: Config, module: CausalLMModule) -> DataPipeline:
         max_bad_share=data.max_bad_share,
         vocabulary_size=module.settings.get("vocab_size"),
         cache_dir=data.cache_dir,
+        layout=module.batch_layout if data.layout == "auto" else data.layout,
     )
 
 

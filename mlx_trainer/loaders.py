@@ -36,8 +36,24 @@ class DataSource(Protocol):
         """The batches to validate on, or None."""
 
 
-def resolve(data: DataSource | Loader, validation: Loader | None) -> tuple[Loader, Loader | None]:
-    """The two loaders of a run. Raises TypeError or ValueError for what cannot be trained on."""
+@runtime_checkable
+class LayoutSource(DataSource, Protocol):
+    """A data source whose batches come in several layouts."""
+
+    def use_layout(self, training: str, validation: str) -> None:
+        """Make batches of these layouts, unless the user has chosen one."""
+
+
+def resolve(
+    data: DataSource | Loader, validation: Loader | None, layout: str | None = None, *, metrics: bool = False
+) -> tuple[Loader, Loader | None]:
+    """The two loaders of a run. Raises TypeError or ValueError for what cannot be trained on.
+
+    A source that has several layouts is asked for `layout`; with `metrics` of the user's own, held-out batches stay
+    padded, as those are what such functions are written for.
+    """
+    if isinstance(data, LayoutSource) and layout is not None:
+        data.use_layout(layout, "padded" if metrics else layout)
     if isinstance(data, DataSource):
         train, validation = data.train_loader(), validation or data.validation_loader()
     else:

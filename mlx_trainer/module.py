@@ -47,6 +47,11 @@ class TrainerModule:
     artifact: str = "model"
     """The folder name of the finished result inside a run."""
 
+    @property
+    def batch_layout(self) -> str | None:
+        """The layout of batches that the losses are quickest with, for data that has several; None: as it comes."""
+        return None
+
     def setup(self, stage: str) -> None:
         """Called before `stage` ("fit", "validate" or "predict"): load or build `model` here. Must be idempotent."""
 

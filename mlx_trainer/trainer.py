@@ -194,7 +194,8 @@ class Trainer:
     # Preparing a fit.
 
     def _take_loaders(self, data: DataSource | Loader, validation_loader: Loader | None) -> None:
-        train, validation = loaders.resolve(data, validation_loader)
+        layout, metrics = self.module.batch_layout, bool(self.validation_metrics)
+        train, validation = loaders.resolve(data, validation_loader, layout, metrics=metrics)
         if self.overfit_batches:
             train = validation = loaders.first_batches(train, self.overfit_batches)
         if validation is not None:

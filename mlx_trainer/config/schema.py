@@ -88,6 +88,7 @@ class DataConfig:
         "Rows that are too long are cut, made several (texts), left out, or refused", "truncate"
     )
     max_bad_share: float = option("More bad rows than this share of a source are refused", 0.05, SHARE)
+    layout: Literal["auto", "padded", "unpadded"] = option("Batches: padded, unpadded, or as suits the model", "auto")
     max_shapes: int = option("Most distinct shapes of batches; each is compiled", 16, COUNT)
     train_split: float = option("Share of the rows that is trained on", 0.9, Range(above=0, at_most=1))
     shuffle: bool = option("Draw a new row order each epoch", True)

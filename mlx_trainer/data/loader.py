@@ -21,7 +21,7 @@ from mlx_trainer.data.shapes import Budget, Lengths, Shape
 from mlx_trainer.data.unpadded import UnpaddedBatch, collate_unpadded
 
 AHEAD_PER_WORKER = 2
-Layout = Literal["padded", "unpadded"]
+BatchLayout = Literal["padded", "unpadded"]
 
 
 class BatchLoader:
@@ -46,7 +46,7 @@ class BatchLoader:
         shuffle: bool,
         seed: int,
         weights: Sequence[float] = (),
-        layout: Layout = "padded",
+        layout: BatchLayout = "padded",
         pad_id: int = 0,
         workers: int = 0,
         resumable: bool = True,

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from mlx_trainer.data.building import open_store
 from mlx_trainer.data.conversation import DataError
 from mlx_trainer.data.duplicates import find_leaks, tell_leaks
 from mlx_trainer.data.encoding import CompletionStyle, SampleEncoder
-from mlx_trainer.data.loader import BatchLoader, Layout
+from mlx_trainer.data.loader import BatchLayout, BatchLoader
 from mlx_trainer.data.mapping import FieldMapping
 from mlx_trainer.data.plan import split
 from mlx_trainer.data.recipe import Recipe
@@ -53,7 +53,7 @@ class DataPipeline:
         roles: what their roles mean, such as `{"bot": "assistant"}`.
         max_bad_share: more bad rows than this share of a source raise.
         vocabulary_size: of the model; ids beyond it are refused.
-        layout: "padded" batches, or "unpadded" ones for models that can use them.
+        layout: "padded" batches, "unpadded" ones for models that can use them, or "auto", what the model asks for.
         cache_dir: where token stores are kept, by default the user's cache folder.
 
     Raises DataError for a source or a setting that cannot be used.
@@ -79,7 +79,7 @@ class DataPipeline:
         roles: Mapping[str, str] | None = None,
         max_bad_share: float = MAX_BAD_SHARE,
         vocabulary_size: int | None = None,
-        layout: Layout = "padded",
+        layout: Literal["auto"] | BatchLayout = "auto",
         cache_dir: str | Path | None = None,
     ) -> None:
         check_settings(
@@ -101,7 +101,8 @@ class DataPipeline:
         self.shuffle = shuffle
         self.seed = seed
         self.num_workers = num_workers
-        self.layout: Layout = layout
+        self.layout = layout
+        self._layouts: tuple[BatchLayout, BatchLayout] = ("padded", "padded") if layout == "auto" else (layout, layout)
         self._pad_id = tokenizer.pad_token_id or 0
         encoder = SampleEncoder.of(tokenizer, completion_style)
         recipe = Recipe(tokenizer, encoder, FieldMapping(fields or {}, roles or {}), max_seq_length, truncation)
@@ -122,6 +123,11 @@ class DataPipeline:
             logger.info("%s", line)
         tell_leaks(leaks, len(self.validation_rows))
 
+    def use_layout(self, training: BatchLayout, validation: BatchLayout) -> None:
+        """Make batches of these layouts, unless the constructor was given one."""
+        if self.layout == "auto":
+            self._layouts = training, validation
+
     def train_loader(self, *, rank: int = 0, ranks: int = 1) -> BatchLoader:
         """A new loader of the training rows, at the start of epoch 0; of `ranks` processes this is number `rank`."""
         return BatchLoader(
@@ -130,7 +136,7 @@ class DataPipeline:
             shuffle=self.shuffle,
             seed=self.seed,
             weights=self.weights,
-            layout=self.layout,
+            layout=self._layouts[0],
             pad_id=self._pad_id,
             workers=self.num_workers,
             rank=rank,
@@ -146,7 +152,7 @@ class DataPipeline:
             self.budget,
             shuffle=False,
             seed=self.seed,
-            layout=self.layout,
+            layout=self._layouts[1],
             pad_id=self._pad_id,
             workers=self.num_workers,
             resumable=False,
@@ -197,5 +203,5 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "num_workers": whole_from(0),
     "completion_style": one_of(("chat", "raw")),
     "max_bad_share": ((lambda value: 0 <= value <= 1), "between 0 and 1"),
-    "layout": one_of(("padded", "unpadded")),
+    "layout": one_of(("auto", "padded", "unpadded")),
 }

@@ -9,7 +9,7 @@ from attrs import asdict, frozen
 
 from mlx_trainer.data.doubts import batch_doubts, row_doubts
 from mlx_trainer.data.example import Example, show_examples
-from mlx_trainer.data.loader import Layout
+from mlx_trainer.data.loader import BatchLayout
 from mlx_trainer.data.pipeline import DataPipeline
 from mlx_trainer.data.shapes import Shape
 from mlx_trainer.data.summary import DataSummary
@@ -48,7 +48,7 @@ class DataReport:
     epoch_positions: int
     steps_per_epoch: int
     total_steps: int
-    layout: Layout = "padded"
+    layout: BatchLayout = "padded"
     examples: tuple[Example, ...] = ()
 
     @property
@@ -137,7 +137,7 @@ def report_on(
     )
 
 
-def positions_of(shape: Shape, layout: Layout) -> int:
+def positions_of(shape: Shape, layout: BatchLayout) -> int:
     """The positions that a batch computes."""
     return shape.tokens if layout == "unpadded" else shape.rows * shape.length
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,10 +14,12 @@ from mlx.optimizers import Optimizer
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models import adapters, generation, loading, source
 from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.head import head_loss
 from mlx_trainer.models.hf_config import ModelSettings, read_config
 from mlx_trainer.models.lora import inject_lora, unfreeze
 from mlx_trainer.models.loss import next_token_loss
 from mlx_trainer.models.parameters import ParameterStats, parameter_stats
+from mlx_trainer.models.unpadded import hidden_states, takes_unpadded
 from mlx_trainer.module import LossOutput, TrainerModule
 from mlx_trainer.optim import build_optimizer
 
@@ -88,6 +90,13 @@ class CausalLMModule(TrainerModule):
         return read_config(self._directory(source.TOKENIZER_FILES))
 
     @property
+    def batch_layout(self) -> Literal["padded", "unpadded"]:
+        """ "unpadded" where the model can take it, and no subclass has a forward or a loss of its own."""
+        kind, own = type(self), CausalLMModule
+        replaced = kind.forward is not own.forward or kind.training_loss is not own.training_loss
+        return "unpadded" if takes_unpadded(self.settings) and not replaced else "padded"
+
+    @property
     def parameter_stats(self) -> ParameterStats:
         """How many parameters there are and which train; loads the model."""
         return parameter_stats(self.model)
@@ -109,7 +118,7 @@ class CausalLMModule(TrainerModule):
         return inject_lora(model, self.lora or LoRAConfig(), seed=self.seed)
 
     def forward(self, batch: Any) -> mx.array:
-        """Return the logits, (rows, length, vocabulary).
+        """Return the logits, (rows, length, vocabulary), of a padded batch.
 
         No mask is needed: attention is causal and padding stands on the right, so no real token sees it.
         """
@@ -117,7 +126,12 @@ class CausalLMModule(TrainerModule):
         return logits
 
     def training_loss(self, batch: Any) -> LossOutput:
-        """Return the summed next-token loss; in eval mode with `token_accuracy`, whose argmax training is spared."""
+        """Return the summed next-token loss; in eval mode with `token_accuracy`, whose argmax training is spared.
+
+        An unpadded batch takes a forward of its own (`unpadded.py`), which `takes_unpadded` allows, and no `forward`.
+        """
+        if hasattr(batch, "cells"):
+            return head_loss(self.model, hidden_states(self.model, batch), batch, self.settings["vocab_size"])
         return next_token_loss(self.forward(batch), batch.labels, accuracy=not self.model.training)
 
     def predict(self, batch: Any) -> mx.array:

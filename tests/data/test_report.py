@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_trainer.data import IGNORED, DataPipeline, DataReport, collate, render, report_on, show, warnings_of
 from mlx_trainer.data.example import Example, Span
-from mlx_trainer.data.loader import Layout
+from mlx_trainer.data.loader import BatchLayout
 from mlx_trainer.data.report import UsedShape
 from mlx_trainer.data.shapes import Shape
 from mlx_trainer.data.store import TokenRow
@@ -135,7 +135,9 @@ def test_as_dict_is_json(report: DataReport) -> None:
 
 
 @pytest.mark.parametrize("layout", ["padded", "unpadded"])
-def test_figures_are_those_of_the_batches(layout: Layout, write_rows: WriteRows, tiny: PreTrainedTokenizerFast) -> None:
+def test_figures_are_those_of_the_batches(
+    layout: BatchLayout, write_rows: WriteRows, tiny: PreTrainedTokenizerFast
+) -> None:
     """What is computed from lengths and plan equals what the batches of epoch 0 hold, at any batch size."""
     path = write_rows([dogs(7 * n % 60 + 1) for n in range(23)])
     for batch_size in (1, 3, 4, 30):
