@@ -144,6 +144,14 @@ def memory_bytes() -> MemoryBytes:
     return MemoryBytes(active, cache, max(peak, active), active + cache, max(available, 0), limit)
 
 
+def attention_step() -> int:
+    """Return the multiple that rows of attention should be long.
+
+    cuDNN takes twice as long for other lengths than multiples of 128 (`benchmarks/attention.py`).
+    """
+    return 128 if backend() == "cuda" else 8
+
+
 def cache_directory() -> Path:
     """Return the folder for what can be made again: MLX_TRAINER_CACHE, else that of the system for this user."""
     if own := os.environ.get("MLX_TRAINER_CACHE"):

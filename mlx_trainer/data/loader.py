@@ -11,13 +11,14 @@ from typing import Literal
 import numpy as np
 from attrs import evolve
 
+from mlx_trainer import runtime
 from mlx_trainer.data.batch import Batch, collate
-from mlx_trainer.data.classes import whole_steps
+from mlx_trainer.data.classes import TOKEN_STEP
 from mlx_trainer.data.conversation import DataError
 from mlx_trainer.data.mixing import Mixture
 from mlx_trainer.data.plan import EpochPlan, Indices, PlannedBatch, plan, starts_of
 from mlx_trainer.data.rows import Rows
-from mlx_trainer.data.shapes import Budget, Lengths, Shape
+from mlx_trainer.data.shapes import Budget, Lengths, Shape, round_up
 from mlx_trainer.data.unpadded import UnpaddedBatch, collate_unpadded
 
 AHEAD_PER_WORKER = 2
@@ -54,8 +55,7 @@ class BatchLoader:
         ranks: int = 1,
     ) -> None:
         self.rows = rows
-        # A class of unpadded batches has up to two shapes: one for the usual number of predictions, one for any.
-        self.budget = budget if layout == "padded" else evolve(budget, max_shapes=max(budget.max_shapes // 2, 1))
+        self.budget = budget if layout == "padded" else unpadded_budget(budget)
         self.shuffle = shuffle
         self.seed = seed
         self.layout = layout
@@ -134,7 +134,7 @@ class BatchLoader:
         planned = self.plan(0)
         sums = self._trained_tokens(planned)
         most = {shape: int(sums[planned.classes == k].max(initial=1)) for k, shape in enumerate(planned.shapes)}
-        return {shape: whole_steps(count, shape) for shape, count in most.items()}
+        return {shape: min(round_up(count + 1, TOKEN_STEP), shape.tokens + 1) for shape, count in most.items()}
 
     def _trained_tokens(self, planned: EpochPlan) -> Lengths:
         trained = self.rows.column("trained")[self.row_numbers(0, planned.order)]
@@ -157,3 +157,12 @@ class BatchLoader:
                 yield batch
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def unpadded_budget(budget: Budget) -> Budget:
+    """`budget` for unpadded batches, whose lengths are those of attention alone.
+
+    A class of them has up to two shapes: one for the usual number of predictions, one for any.
+    """
+    step = runtime.attention_step()
+    return evolve(budget, unpadded=True, length_step=step, max_shapes=max(budget.max_shapes // 2, 1))

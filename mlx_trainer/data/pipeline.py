@@ -95,8 +95,8 @@ class DataPipeline:
             max_bad_share=max_bad_share,
             layout=layout,
         )
-        size = {"rows": batch_size} if batch_tokens is None else {"tokens": batch_tokens}
-        self.budget = Budget(**size, max_shapes=max_shapes)
+        rows = batch_size if batch_tokens is None else None
+        self.budget = Budget(rows=rows, tokens=batch_tokens, max_shapes=max_shapes)
         self.max_seq_length = max_seq_length
         self.shuffle = shuffle
         self.seed = seed

@@ -20,10 +20,11 @@ WORTH_A_CLASS = 0.003
 
 @frozen
 class Budget:
-    """How large a batch is: a number of `rows`, or as many as fit into `tokens`, padding included, but one at least.
+    """How large a batch is: a number of `rows`, or as many as fit into `tokens`, but one at least.
 
-    `max_shapes` bounds the distinct shapes of all batches; fewer shapes mean more padding. Raises ValueError unless
-    exactly one of `rows` and `tokens` is given, and all are 1 or more.
+    `max_shapes` bounds the distinct shapes of all batches; fewer shapes mean more padding, which counts among the
+    tokens unless `unpadded`. Lengths above half of `length_step` are rounded up to a multiple of it. Raises ValueError
+    unless exactly one of `rows` and `tokens` is given, and all are 1 or more.
 
     >>> Budget(tokens=4096).rows_of(1000)
     4
@@ -32,6 +33,8 @@ class Budget:
     rows: int | None = field(default=None, validator=optional(ge(1)), kw_only=True)
     tokens: int | None = field(default=None, validator=optional(ge(1)), kw_only=True)
     max_shapes: int = field(default=16, validator=ge(1), kw_only=True)
+    unpadded: bool = field(default=False, kw_only=True)
+    length_step: int = field(default=LENGTH_STEP, validator=ge(LENGTH_STEP), kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if (self.rows is None) == (self.tokens is None):
@@ -54,11 +57,14 @@ class Shape:
     tokens: int
 
 
-def length_classes(lengths: Integers, most: int, fewest_rows: Callable[[int], int]) -> Lengths:
+def length_classes(
+    lengths: Integers, most: int, fewest_rows: Callable[[int], int], coarse: int = LENGTH_STEP
+) -> Lengths:
     """The lengths, ascending, to which rows are padded: at most `most`, each for at least `fewest_rows(length)` rows.
 
-    Found by dynamic programming over the lengths in steps of `LENGTH_STEP`: the classes with the fewest positions in
-    all, and no class that saves next to nothing. A single class where the rows are too few for two.
+    Found by dynamic programming over the lengths in steps of `LENGTH_STEP`, and of `coarse` above half of that: the
+    classes with the fewest positions in all, and no class that saves next to nothing. A single class where the rows
+    are too few for two.
 
     >>> length_classes(np.array([3, 5, 20, 21, 22, 80, 81]), 3, lambda length: 2).tolist()
     [8, 24, 88]
@@ -67,6 +73,7 @@ def length_classes(lengths: Integers, most: int, fewest_rows: Callable[[int], in
     while -(-int(lengths.max()) // step) > MOST_STEPS:
         step *= 2
     counts = np.bincount(lengths // step + (lengths % step > 0))  # no -(-lengths // step): they are unsigned
+    counts = in_coarse_steps(counts, max(coarse // step, 1))
     steps = np.flatnonzero(counts)
     tops, below = steps * step, np.concatenate([[0], np.cumsum(counts[steps])])
     # A class that begins after the i-th and ends with the j-th distinct length holds inside[i, j] rows.
@@ -75,6 +82,19 @@ def length_classes(lengths: Integers, most: int, fewest_rows: Callable[[int], in
     costs = np.where(inside >= fewest, inside * tops.astype(float), np.inf)
     classes: Lengths = tops[cheapest_ends(costs, most)]
     return classes
+
+
+def in_coarse_steps(counts: NDArray[np.int64], coarse: int) -> NDArray[np.int64]:
+    """`counts` of rows by length, those above half of `coarse` moved up to its next multiple."""
+    moved = np.zeros(round_up(len(counts), coarse) + 1, np.int64)
+    for length in np.flatnonzero(counts).tolist():
+        moved[length if 2 * length <= coarse else round_up(length, coarse)] += counts[length]
+    return moved
+
+
+def round_up(number: int, step: int) -> int:
+    """The smallest multiple of `step` that is not below `number`."""
+    return -(-number // step) * step
 
 
 def cheapest_ends(costs: NDArray[np.float64], most: int) -> list[int]:

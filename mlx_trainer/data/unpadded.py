@@ -21,11 +21,15 @@ class UnpaddedBatch:
     """Arrays of int32; `h` below stands for the hidden states of all positions, (positions, hidden).
 
     - `input_ids` (positions,): the rows' tokens, then padding.
-    - `grid` (rows, length): `h[grid]` are the rows, padded on the right; cells beyond a row's end hold position 0.
+    - `grid` (rows, length): `h[grid]` are the rows, padded on the right; cells beyond a row's end hold the last
+      position, which is padding.
     - `cells` (positions,): where each position stands in the flattened grid. Padding stands in a cell beyond a row's
       end, which no token attends to, so that nothing that is computed for it reaches a loss.
     - `predicting` (predictions,): the positions that predict a trained token, then 0.
-    - `targets` (predictions,): the tokens that they predict, then `IGNORED`.
+    - `targets` (predictions,): the tokens that they predict, then `IGNORED`; the last is `IGNORED`.
+    - `predictions` (positions,): where each position stands among the predictions, the last where it does not.
+
+    So each gather's gradient is a gather too: what is computed for padding has no gradient.
     """
 
     input_ids: IntArray
@@ -33,17 +37,18 @@ class UnpaddedBatch:
     cells: IntArray
     predicting: IntArray
     targets: IntArray
+    predictions: IntArray
     metadata: BatchMetadata
 
 
 def collate_unpadded(rows: Sequence[TokenRow], shape: Shape, predictions: int, *, pad_id: int = 0) -> UnpaddedBatch:
-    """The unpadded batch of `rows`, which `shape` must hold, with room for so many `predictions`.
+    """The unpadded batch of `rows`, which `shape` must hold, with room for so many `predictions`, one of them unused.
 
-    All `shape.tokens` can predict where there are more trained tokens than `predictions`.
+    There is room for as many as there are positions where more than `predictions` are needed.
     """
     input_ids = np.full(shape.tokens, pad_id, np.int32)
-    grid = np.zeros((shape.rows, shape.length), np.int32)
-    cells = np.zeros(shape.tokens, np.int32)
+    grid = np.full((shape.rows, shape.length), shape.tokens - 1, np.int32)
+    cells = np.full(shape.tokens, padding_cell(rows, shape), np.int32)
     places: list[IntArray] = []
     begin = 0
     for i, row in enumerate(rows):
@@ -53,13 +58,15 @@ def collate_unpadded(rows: Sequence[TokenRow], shape: Shape, predictions: int, *
         cells[positions] = i * shape.length + np.arange(len(row), dtype=np.int32)
         places.append(positions[row.trained])
         begin += len(row)
-    cells[begin:] = padding_cell(rows, shape)
     trained = np.concatenate([*places, np.empty(0, np.int32)])
-    room = predictions if len(trained) <= predictions else shape.tokens
+    room = predictions if len(trained) < predictions else shape.tokens + 1
     predicting, targets = np.zeros(room, np.int32), np.full(room, IGNORED, np.int32)
     predicting[: len(trained)] = trained - 1
     targets[: len(trained)] = input_ids[trained]
-    return UnpaddedBatch(input_ids, grid, cells, predicting, targets, BatchMetadata.of(rows, shape.tokens))
+    inverse = np.full(shape.tokens, room - 1, np.int32)
+    inverse[trained - 1] = np.arange(len(trained))
+    metadata = BatchMetadata.of(rows, shape.tokens)
+    return UnpaddedBatch(input_ids, grid, cells, predicting, targets, inverse, metadata)
 
 
 def padding_cell(rows: Sequence[TokenRow], shape: Shape) -> int:

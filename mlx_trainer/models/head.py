@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_trainer.models.gather import take_once
 from mlx_trainer.models.loss import IGNORED, cross_entropy, total
 from mlx_trainer.module import LossOutput
 
@@ -31,7 +32,8 @@ def head_loss(model: Any, states: mx.array, batch: Any, vocabulary: int) -> Loss
     """
     head, module = head_of(model)
     counted = batch.targets != IGNORED
-    targets, chosen = mx.where(counted, batch.targets, 0), states[batch.predicting]
+    targets = mx.where(counted, batch.targets, 0)
+    chosen = take_once(states, batch.predicting, batch.predictions)
     parts = [slice(begin, begin + step) for step in [part_size(vocabulary)] for begin in range(0, len(targets), step)]
 
     def part_loss(states: mx.array, part: slice) -> mx.array:

@@ -2,13 +2,15 @@
 
 Exact: nothing but the order of sums differs from the padded forward. An unpadded batch holds `input_ids` (positions,),
 `grid` (rows, length) and `cells` (positions,): `h[grid]` are the rows, and position i stands in cell `cells[i]`.
-Padding is computed and never used, so that its gradient is zero.
+Padding is computed and never used: its gradient is zero.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
+
+from mlx_trainer.models.gather import take_rows
 
 LLAMAS = ("llama", "mistral")
 """Model types that mlx-lm builds with its Llama."""
@@ -70,28 +72,19 @@ def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx
 
 
 def rearrangements(grid: mx.array, cells: mx.array) -> tuple[Rearrange, Rearrange]:
-    """Functions from (positions, d) to (rows, length, d) and back, whose gradients are gathers too.
+    """Functions from (positions, d) to (rows, length, d) and back, each of which is the other's gradient.
 
-    The gradient of a gather is a scatter, which is slow and not repeatable on a GPU; but each token has one cell, so
-    the gradient of one function is the other one. What flows back into cells beyond a row's end is nothing.
+    For each token has one cell, and what flows back into padding, and so into cells beyond a row's end, is zero.
     """
     shape, flat = grid.shape, grid.reshape(-1)
-    is_token = ((flat > 0) | (mx.arange(flat.size) == 0))[:, None]
 
-    @mx.custom_function
-    def to_rows(x: mx.array) -> mx.array:
-        return x[flat].reshape(*shape, -1)
+    def to_cells(x: mx.array) -> mx.array:
+        return take_rows(x, flat).reshape(*shape, -1)
 
-    @to_rows.vjp
-    def to_rows_vjp(x: mx.array, cotangent: mx.array, rows: mx.array) -> mx.array:
-        return cotangent.reshape(flat.size, -1)[cells]
+    def from_cells(rows: mx.array) -> mx.array:
+        return take_rows(rows.reshape(flat.size, -1), cells)
 
-    @mx.custom_function
-    def to_positions(rows: mx.array) -> mx.array:
-        return rows.reshape(flat.size, -1)[cells]
-
-    @to_positions.vjp
-    def to_positions_vjp(rows: mx.array, cotangent: mx.array, x: mx.array) -> mx.array:
-        return mx.where(is_token, cotangent[flat], mx.zeros((), cotangent.dtype)).reshape(rows.shape)
-
+    to_rows, to_positions = mx.custom_function(to_cells), mx.custom_function(from_cells)
+    to_rows.vjp(lambda x, cotangent, rows: from_cells(cotangent))
+    to_positions.vjp(lambda rows, cotangent, x: to_cells(cotangent))
     return to_rows, to_positions

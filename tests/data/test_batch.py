@@ -22,7 +22,7 @@ def rows_and_shape(draw: st.DrawFn) -> tuple[list[TokenRow], Shape]:
         trained[0] = False
         rows.append(TokenRow(f"x:{i}", np.arange(n, dtype=np.int32) + 10 * i + 1, trained))
     shape = Shape(len(rows) + draw(st.integers(0, 2)), max(lengths) + draw(st.integers(0, 3)), 0)
-    tokens = min(sum(lengths) + draw(st.integers(0, 5)), shape.rows * shape.length)
+    tokens = min(sum(lengths) + draw(st.integers(1, 5)), shape.rows * shape.length)
     return rows, Shape(shape.rows, shape.length, tokens)
 
 
@@ -51,13 +51,17 @@ def test_padded(drawn: tuple[list[TokenRow], Shape]) -> None:
 def test_unpadded(drawn: tuple[list[TokenRow], Shape], predictions: int) -> None:
     """The grid holds the rows, cells are its inverse, and each trained token is predicted by the one before it."""
     rows, shape = drawn
-    batch = collate_unpadded(rows, shape, min(predictions, shape.tokens), pad_id=99)
+    predictions = min(predictions, shape.tokens)
+    batch = collate_unpadded(rows, shape, predictions, pad_id=99)
     tokens = sum(map(len, rows))
     assert batch.input_ids.tolist() == [int(id) for row in rows for id in row.ids] + [99] * (shape.tokens - tokens)
     flat = batch.grid.reshape(-1)
     assert flat[batch.cells[:tokens]].tolist() == list(range(tokens))
     for i, row in enumerate(rows):
         assert batch.input_ids[batch.grid[i, : len(row)]].tolist() == row.ids.tolist()
+    assert (
+        flat[[c for c in range(flat.size) if c not in set(batch.cells[:tokens].tolist())]] == shape.tokens - 1
+    ).all()
     beyond = {i * shape.length + k for i, row in enumerate(rows) for k in range(len(row), shape.length)}
     beyond |= set(range(len(rows) * shape.length, flat.size))
     assert set(batch.cells[tokens:].tolist()) <= beyond
@@ -65,7 +69,11 @@ def test_unpadded(drawn: tuple[list[TokenRow], Shape], predictions: int) -> None
     real = batch.targets != IGNORED
     told = zip(batch.input_ids[batch.predicting[real]].tolist(), batch.targets[real].tolist(), strict=True)
     assert list(told) == pairs
-    assert len(batch.targets) == (predictions if len(pairs) <= predictions <= shape.tokens else shape.tokens)
+    assert len(batch.targets) == (predictions if len(pairs) < predictions <= shape.tokens else shape.tokens + 1)
+    assert batch.predictions[batch.predicting[real]].tolist() == np.flatnonzero(real).tolist()
+    others = np.delete(batch.predictions, batch.predicting[real])
+    assert (others == len(batch.targets) - 1).all()
+    assert batch.targets[-1] == IGNORED
     assert batch.metadata.positions == shape.tokens
 
 

@@ -12,8 +12,9 @@ LENGTHS = st.lists(st.integers(2, 400) | st.integers(2, 40), max_size=300).map(n
 SEEDS = st.integers(0, 2**40)
 EPOCHS = st.integers(0, 50)
 SHAPES = st.integers(1, 6)
-BUDGETS = st.builds(Budget, rows=st.integers(1, 12), max_shapes=SHAPES) | st.builds(
-    Budget, tokens=st.integers(1, 2000), max_shapes=SHAPES
+OPTIONS = {"max_shapes": SHAPES, "unpadded": st.booleans(), "length_step": st.sampled_from([8, 8, 64])}
+BUDGETS = st.builds(Budget, rows=st.integers(1, 12), **OPTIONS) | st.builds(
+    Budget, tokens=st.integers(1, 2000), **OPTIONS
 )
 RANKS = st.integers(1, 5)
 
@@ -43,8 +44,11 @@ def test_batches_fit_their_shapes(
         assert len(rows) <= shape.rows
         assert lengths[rows].max(initial=0) <= shape.length
         assert lengths[rows].sum() <= shape.tokens <= shape.rows * shape.length
-        if budget.tokens is not None:
+        if budget.tokens is not None and not budget.unpadded:
             assert shape.rows == 1 or shape.rows * shape.length <= budget.tokens
+        if budget.tokens is not None and budget.unpadded and shuffle:
+            assert shape.rows <= max(budget.tokens // shape.length, 1) or shape.tokens <= budget.tokens + 16
+        assert shape.tokens > lengths[rows].sum() or shape.tokens == shape.rows * shape.length
     assert len(planned.shapes) <= budget.max_shapes
     assert len({batch.shape for batch in planned}) <= budget.max_shapes
 
@@ -115,7 +119,7 @@ def test_little_is_padded(budget: Budget) -> None:
     """With 16 shapes a padded epoch computes 1.11 positions for each token, an unpadded one 1.02 with its 8."""
     lengths = chat_lengths(20_000)
     padded = sum(batch.shape.rows * batch.shape.length for batch in plan(0, 0, lengths, budget))
-    few = Budget(rows=budget.rows, tokens=budget.tokens, max_shapes=8)
+    few = Budget(rows=budget.rows, tokens=budget.tokens, max_shapes=8, unpadded=True)
     unpadded = sum(batch.shape.tokens for batch in plan(0, 0, lengths, few))
     assert padded / lengths.sum() < 1.11
     assert unpadded / lengths.sum() < 1.02

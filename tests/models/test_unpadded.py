@@ -69,9 +69,9 @@ def loss_and_gradients(module: CausalLMModule, batch: Any) -> tuple[float, float
 def assert_same(module: CausalLMModule, rows: list[TokenRow], *, spare_rows: int = 0, spare: int = 0) -> None:
     """Loss to 1e-6 and every gradient to 1e-5 of its largest value, however large the shape is."""
     length = max(map(len, rows)) + spare
-    tokens = min(sum(map(len, rows)) + spare, (len(rows) + spare_rows) * length)
+    tokens = min(sum(map(len, rows)) + 1 + spare, (len(rows) + spare_rows) * length)
     shape = Shape(len(rows) + spare_rows, length, tokens)
-    predictions = max(sum(row.trained_tokens for row in rows), 1)
+    predictions = sum(row.trained_tokens for row in rows) + 1
     plain = loss_and_gradients(module, collate(rows, shape))
     ours = loss_and_gradients(module, collate_unpadded(rows, shape, predictions))
     assert ours[1] == plain[1]
