@@ -1,45 +1,50 @@
-"""A LoRA epoch on a Mistral-7B shape with random weights, beside mlx-lm's own trainer on the same rows, in one run.
+"""LoRA on a Mistral-7B shape with random weights, beside mlx-lm's own trainer on the same rows, in one run.
 
-    python benchmarks/mistral_7b.py                                    # an NVIDIA GPU or a Mac with 64 GB and more
-    python benchmarks/mistral_7b.py --layers 2 --hidden 64 --rows 32   # the script itself, on a CPU
+    python benchmarks/mistral_7b.py mixed                 # chats of log-normal length; an NVIDIA GPU or a large Mac
+    python benchmarks/mistral_7b.py full --targets all    # rows of 1,024 tokens, adapters on every linear layer
+    python benchmarks/mistral_7b.py mixed --bits 4        # a packed base
+    python benchmarks/mistral_7b.py mixed --layers 2 --hidden 64 --rows 64 --tokens 512 --dtype float32   # on a CPU
 
-The base is written to a folder in Hugging Face layout and loaded as any model; the rows are text chats of log-normal
-length. Both trainers see the same rows, batch size, LoRA and AdamW, each as its users run it: two rounds, of which the
-second, with kernels built, is timed as wall time of the whole call, tracing included.
+The base is written to a folder in Hugging Face layout and loaded as any model; the rows are text chats. Each trainer
+runs in a process of its own, as its users run it, with CUDA kernels built anew: two epochs, of which the first is
+reported as cold and the second as warm, each the wall time of the whole call, tracing included. mlx-lm's batches have
+four rows and it accumulates over as many of them as make the same rows per update.
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.optimizers as optimizers
 import numpy as np
-from mlx.utils import tree_flatten
-
-from mlx_trainer import DataPipeline, LoRAConfig, MistralLoRAModule, Trainer
-from mlx_trainer.callbacks import GradientClipping, NaNGuard
 
 SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
-MEAN_LENGTH, SIGMA = 264, 0.75  # a chat set's spread: median about 200, longest about six times that
+MEAN_LENGTH, SIGMA = 264, 0.75  # a chat set's spread: median about 200
+LONGEST = 1536
+PEER_BATCH = 4
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {"qv": ["q_proj", "v_proj"], "all": ALL_LINEAR}
 
 
-def write_base(directory: Path, layers: int, hidden: int) -> None:
+def write_base(directory: Path, arguments: argparse.Namespace) -> None:
     """Random weights of the shape of Mistral-7B (32 layers of 4096), as a Hugging Face folder with a tokenizer."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
     from mlx_lm.models.llama import Model, ModelArgs
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
-    heads = max(hidden // 128, 4)
-    config = {
+    heads = max(arguments.hidden // 128, 4)
+    config: dict[str, Any] = {
         "model_type": "mistral",
         "architectures": ["MistralForCausalLM"],
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "intermediate_size": int(hidden * 3.5),
+        "hidden_size": arguments.hidden,
+        "num_hidden_layers": arguments.layers,
+        "intermediate_size": int(arguments.hidden * 3.5),
         "num_attention_heads": heads,
         "num_key_value_heads": heads // 4,
         "rms_norm_eps": 1e-5,
@@ -48,127 +53,201 @@ def write_base(directory: Path, layers: int, hidden: int) -> None:
         "max_position_embeddings": 32768,
         "tie_word_embeddings": False,
     }
-    (directory / "config.json").write_text(json.dumps(config))
     model = Model(ModelArgs.from_dict(config))
-    model.set_dtype(mx.bfloat16)
+    model.set_dtype(getattr(mx, arguments.dtype))
+    if arguments.bits:
+        nn.quantize(model, group_size=64, bits=arguments.bits)
+        config["quantization"] = {"group_size": 64, "bits": arguments.bits}
+    (directory / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    write_tokenizer(directory)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """One token for each byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*SPECIAL, *letters])}, []))
     tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # one token a byte
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(directory)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    wrapped.save_pretrained(directory)
 
 
-def write_chats(path: Path, rows: int, longest: int) -> None:
-    """Chats whose token lengths are log-normal; one byte is one token."""
+def write_chats(path: Path, arguments: argparse.Namespace) -> None:
+    """Chats whose token lengths are log-normal, or all alike; a third of each is the question."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(MEAN_LENGTH) - SIGMA**2 / 2, SIGMA, rows), 16, longest - 8).astype(int)
+    lengths = np.clip(rng.lognormal(np.log(MEAN_LENGTH) - SIGMA**2 / 2, SIGMA, arguments.rows), 16, LONGEST).astype(int)
+    if arguments.case == "full":
+        lengths[:] = 1024
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz "))
     with path.open("w") as file:
         for length in lengths:
-            text = "".join(rng.choice(letters, length))
+            text = "x" + "".join(rng.choice(letters, length - 7)) + "x"  # two blanks and four control tokens are added
             cut = max(length // 3, 1)
             messages = [{"role": "user", "content": text[:cut]}, {"role": "assistant", "content": text[cut:]}]
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def ours(base: Path, chats: Path, arguments: argparse.Namespace) -> dict[str, float]:
+def data_of(folder: Path, arguments: argparse.Namespace, tokenizer: Any) -> Any:
+    """The pipeline of a recipe with `batch_tokens`, or, of equal rows, four in a batch."""
+    from mlx_trainer import DataPipeline
+
+    size: dict[str, Any] = {"batch_tokens": arguments.tokens} if arguments.case == "mixed" else {"batch_size": 4}
+    cache = folder / "cache"
+    return DataPipeline(folder / "chats.jsonl", tokenizer, train_split=1.0, max_shapes=16, cache_dir=cache, **size)
+
+
+def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """This library's trainer, as in `recipes/mistral_lora.py`."""
-    lora = LoRAConfig(rank=16, alpha=32, dropout=0.0)
-    module = MistralLoRAModule(base, lora=lora, dtype="bfloat16", warmup_steps=0, max_seq_length=arguments.length)
-    data = DataPipeline(
-        chats, module.tokenizer, batch_size=arguments.batch, max_seq_length=arguments.length, train_split=1.0
-    )
+    import mlx.core as mx
+
+    from mlx_trainer import LoRAConfig, MistralLoRAModule, Trainer
+    from mlx_trainer.callbacks import GradientClipping, NaNGuard
+
+    lora = LoRAConfig(rank=16, alpha=32, dropout=0.0, target_modules=TARGETS[arguments.targets])
+    module = MistralLoRAModule(folder / "base", lora=lora, dtype=arguments.dtype, warmup_steps=0)
+    data = data_of(folder, arguments, module.tokenizer)
+    module.setup("fit")
+    mx.eval(module.model.parameters())
+    rounds = []
     for _ in range(2):
         mx.reset_peak_memory()
         start = time.perf_counter()
-        trainer = Trainer(max_epochs=1, callbacks=[GradientClipping(), NaNGuard()])
-        result = trainer.fit(module, data)
+        result = Trainer(max_epochs=1, callbacks=[GradientClipping(), NaNGuard()]).fit(module, data)
         mx.eval(module.model.parameters())
-        seconds = time.perf_counter() - start
-    return figures(seconds, result.counts["tokens"], result.steps, result.metrics["train/loss"])
+        rounds.append(time.perf_counter() - start)
+    computed = result.counts["positions"] / result.counts["tokens"]
+    told = figures(rounds, result.counts["tokens"], result.counts["rows"] / result.steps)
+    return told | {"computed per token": computed, "last loss": result.metrics["train/loss"]}
 
 
-def peer(base: Path, rows: list[list[int]], arguments: argparse.Namespace) -> dict[str, float]:
-    """`mlx_lm`'s train() on the same ids, one epoch."""
+def peer(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`mlx_lm`'s train() on the same ids, one epoch, with as many rows per update."""
+    import mlx.core as mx
+    import mlx.optimizers as optimizers
     from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(base)
+    from mlx_trainer.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(folder / "base", trust_remote_code=False)
+    loader = data_of(folder, arguments, tokenizer).train_loader()
+    rows = [row.ids.tolist() for row in loader.rows]
+    accumulate = max(round(len(rows) / len(loader) / PEER_BATCH), 1)
+    model, _ = load_model(folder / "base")
     model.freeze()
-    config = {"rank": 16, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}
-    linear_to_lora_layers(model, arguments.layers, config)
-    optimizer = optimizers.AdamW(2e-4)
-    dataset = [(row, 0) for row in rows]
-    losses: list[float] = []
-
-    class Report:
-        def on_train_loss_report(self, info: dict[str, Any]) -> None:
-            """Keep the loss."""
-            losses.append(info["train_loss"])
-
-        def on_val_loss_report(self, info: dict[str, Any]) -> None:
-            """There is no validation here."""
-
-    steps = len(rows) // arguments.batch
+    keys = [f"{'mlp' if name in ALL_LINEAR[4:] else 'self_attn'}.{name}" for name in TARGETS[arguments.targets]]
+    linear_to_lora_layers(model, arguments.layers, {"rank": 16, "scale": 2.0, "dropout": 0.0, "keys": keys})
+    options = TrainingArgs(
+        batch_size=PEER_BATCH,
+        iters=len(rows) // PEER_BATCH,
+        max_seq_length=2048,
+        grad_accumulation_steps=accumulate,
+        adapter_file=str(folder / "peer.safetensors"),
+    )
+    mx.eval(model.parameters())
+    rounds = []
     for _ in range(2):
         mx.reset_peak_memory()
         start = time.perf_counter()
-        options = TrainingArgs(
-            batch_size=arguments.batch,
-            iters=steps,
-            max_seq_length=arguments.length,
-            adapter_file=str(base / "peer.safetensors"),
-        )
-        train(model, optimizer, dataset, args=options, training_callback=Report())
-        seconds = time.perf_counter() - start
-    return figures(seconds, sum(map(len, rows)), steps, losses[-1])
+        train(model, optimizers.AdamW(2e-4), [(row, 0) for row in rows], args=options)
+        rounds.append(time.perf_counter() - start)
+    return figures(rounds, sum(map(len, rows)), PEER_BATCH * accumulate)
 
 
-def figures(seconds: float, tokens: int, steps: int, loss: float) -> dict[str, float]:
+def figures(rounds: list[float], tokens: int, rows_per_update: float) -> dict[str, Any]:
     """What is compared."""
+    import mlx.core as mx
+
     return {
-        "seconds": seconds,
-        "real tokens/s": tokens / seconds,
-        "ms/step": 1000 * seconds / steps,
+        "real tokens/s, warm": tokens / rounds[1],
+        "seconds, cold epoch": rounds[0],
         "peak GB": mx.get_peak_memory() / 1e9,
-        "last loss": loss,
+        "cache GB": mx.get_cache_memory() / 1e9,
+        "rows per update": rows_per_update,
     }
+
+
+def limit(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tokens/s if a step were nothing but its matmuls, 4N operations a token, at the rate of one large product."""
+    import mlx.core as mx
+
+    size = 8192 if arguments.hidden > 1024 else 1024
+    a, b = (mx.random.normal((size, size)).astype(getattr(mx, arguments.dtype)) for _ in range(2))
+    times = []
+    for _ in range(12):
+        mx.eval(a, b)
+        start = time.perf_counter()
+        for _ in range(5):
+            mx.async_eval(a @ b.T)
+        mx.synchronize()
+        times.append((time.perf_counter() - start) / 5)
+    rate = 2 * size**3 / float(np.median(times[2:]))
+    config = json.loads((folder / "base" / "config.json").read_text())
+    heads = config["num_key_value_heads"] / config["num_attention_heads"]
+    block = config["hidden_size"] ** 2 * (2 + 2 * heads) + 3 * config["hidden_size"] * config["intermediate_size"]
+    parameters = config["num_hidden_layers"] * block + config["vocab_size"] * config["hidden_size"]
+    return {"matmul TFLOP/s": rate / 1e12, "limit, tokens/s": rate / (4 * parameters)}
+
+
+RUNS = {"ours": ours, "peer": peer, "limit": limit}
+
+
+def run(name: str, folder: Path, arguments: list[str]) -> dict[str, Any]:
+    """Run one of `RUNS` in a process of its own, with kernels of its own."""
+    with tempfile.TemporaryDirectory() as kernels:
+        command = [sys.executable, __file__, *arguments, "--run", name, "--folder", str(folder)]
+        environment = os.environ | {"MLX_PTX_CACHE_DIR": kernels}
+        finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    told: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    print(name, json.dumps(told), flush=True)
+    return told
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("case", choices=["mixed", "full"])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=8192, help="of a batch of mixed rows")
+    parser.add_argument("--targets", choices=list(TARGETS), default="qv")
+    parser.add_argument("--bits", type=int, help="pack the base")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> None:
     """Measure both and print a table and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=2048, help="longest row in tokens")
-    arguments = parser.parse_args()
+    arguments = parse()
+    if arguments.run:
+        print(json.dumps(RUNS[arguments.run](arguments.folder, arguments)))
+        return
+    import mlx.core as mx
 
-    with tempfile.TemporaryDirectory() as folder:
-        base, chats = Path(folder, "base"), Path(folder, "chats.jsonl")
-        base.mkdir()
-        write_base(base, arguments.layers, arguments.hidden)
-        write_chats(chats, arguments.rows, arguments.length)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "base").mkdir()
+        write_base(folder / "base", arguments)
+        write_chats(folder / "chats.jsonl", arguments)
         mx.clear_cache()
-        module = MistralLoRAModule(base)
-        data = DataPipeline(chats, module.tokenizer, max_seq_length=arguments.length, train_split=1.0)
-        rows = [row.ids.tolist() for row in data.train_rows]
-        results = {"mlx_trainer": ours(base, chats, arguments)}
-        mx.clear_cache()
-        results["mlx_lm"] = peer(base, rows, arguments)
-
-    print(f"{'':16}{'mlx_trainer':>14}{'mlx_lm':>14}{'ratio':>8}")
-    for name, value in results["mlx_trainer"].items():
-        other = results["mlx_lm"][name]
-        print(f"{name:16}{value:14.2f}{other:14.2f}{value / other:8.2f}")
-    print(json.dumps({"arguments": vars(arguments), "device": mx.device_info(), **results}, default=str))
+        told = {name: run(name, folder, sys.argv[1:]) for name in ("limit", "ours", "peer")}
+    mine, other = told["ours"], told["peer"]
+    print(f"\n{' '.join(sys.argv[1:])}, {mx.device_info().get('device_name', 'CPU')}\n")
+    print("| | mlx_trainer | mlx_lm | ratio |\n|---|---|---|---|")
+    for name, value in other.items():
+        print(f"| {name} | {mine[name]:,.2f} | {value:,.2f} | {mine[name] / value:.2f} |")
+    share = mine["real tokens/s, warm"] / told["limit"]["limit, tokens/s"]
+    print(f"\nmlx_trainer computes {mine['computed per token']:.3f} positions per token and runs at {share:.2f} of the ")
+    print(f"{told['limit']['limit, tokens/s']:,.0f} tokens/s that {told['limit']['matmul TFLOP/s']:.1f} TFLOP/s allow")
 
 
 if __name__ == "__main__":
