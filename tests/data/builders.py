@@ -104,8 +104,10 @@ def apply(options: dict[str, Any]) -> None:
 
 
 def peak() -> int:
-    """The most bytes of memory that this process had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """The most bytes of memory that this process had; Linux's `ru_maxrss` would count those of its parent too."""
+    if sys.platform == "linux":
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main(rows: str, cache: str, text: str) -> None:
