@@ -5,30 +5,22 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 from mlx_trainer.data.conversation import DataError
-from mlx_trainer.data.jsonl import Line
 from mlx_trainer.data.locking import locked
-from mlx_trainer.data.parsing import parse_rows
+from mlx_trainer.data.parsing import parsed_ahead
 from mlx_trainer.data.progress import reading
 from mlx_trainer.data.recipe import Recipe
 from mlx_trainer.data.sources import Source
 from mlx_trainer.data.store import FACTS, TokenStore
 from mlx_trainer.data.writing import StoreWriter
 
-ENCODED_TOGETHER = 1024
-BYTES_TOGETHER = 2 << 20
-"""Rows are encoded in parts of at most so many rows, or about so many bytes as they are on disk."""
 UNUSED_DAYS = 30
 """Stores that were not opened for so long are removed when another one is made."""
 PARTIAL = ".partial"
-
-Item = TypeVar("Item")
 
 logger = logging.getLogger("mlx_trainer.data")
 
@@ -72,10 +64,9 @@ def build(source: Source, recipe: Recipe, place: Path, memory: Path, fingerprint
     beside = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=PARTIAL, dir=place.parent))
     try:
         with StoreWriter(beside, recipe) as writer, reading(source) as progress:
-            parsed = (parse_rows(lines, recipe) for lines in parts(source.lines(progress)))
-            with closing(ahead(parsed)) as rows:
-                for some in rows:
-                    writer.add(some)
+            with closing(parsed_ahead(source, recipe, progress)) as parts:
+                for rows in parts:
+                    writer.add(rows)
             writer.finish()
         if source.fingerprint(memory) != fingerprint:
             raise DataError(f"{source.location} changed while it was read. Start again when nothing writes to it.")
@@ -88,33 +79,6 @@ def build(source: Source, recipe: Recipe, place: Path, memory: Path, fingerprint
     if store is None:
         raise DataError(f"{place} was written, but cannot be read again. Is the disk sound?")
     return store
-
-
-def parts(lines: Iterable[Line]) -> Iterator[list[Line]]:
-    """The lines in parts that are encoded together."""
-    part: list[Line] = []
-    size = 0
-    for line in lines:
-        part.append(line)
-        size += line.size
-        if len(part) == ENCODED_TOGETHER or size > BYTES_TOGETHER:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
-
-
-def ahead(items: Iterable[Item]) -> Generator[Item, None, None]:
-    """The `items`, each of them made in a thread while the one before it is in use.
-
-    Rows are parsed by Python on one core, and encoded outside Python on all of them: so neither waits for the other.
-    """
-    iterator = iter(items)
-    with ThreadPoolExecutor(1, thread_name_prefix="mlx-trainer-rows") as thread:
-        following = thread.submit(next, iterator, None)
-        while (item := following.result()) is not None:
-            following = thread.submit(next, iterator, None)
-            yield item
 
 
 def tidy(place: Path) -> None:

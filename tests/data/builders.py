@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_trainer.data import DataError, building, files
+from mlx_trainer.data import DataError, building, files, parsing
 from mlx_trainer.data.encoding import SampleEncoder
 from mlx_trainer.data.files import FileSource, Progress
 from mlx_trainer.data.jsonl import Line
@@ -95,8 +95,8 @@ def apply(options: dict[str, Any]) -> None:
     SlowSource.pause_s = options.get("pause_s", 0.0)
     files.CHUNK = options.get("chunk", files.CHUNK)
     if "together" in options:
-        building.ENCODED_TOGETHER = options["together"]
-        building.BYTES_TOGETHER = 1 << 30
+        parsing.ENCODED_TOGETHER = options["together"]
+        parsing.BYTES_TOGETHER = 1 << 30
     if "die" in options:
         die_at(options["die"])
     if "file_size" in options:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_trainer.data import DataError, files, progress
-from mlx_trainer.data import building as building_module
+from mlx_trainer.data import DataError, files, parsing, progress
 from mlx_trainer.data.building import PARTIAL, lock_of, open_store
 from mlx_trainer.data.files import FileSource, Progress
 from mlx_trainer.data.jsonl import Line
@@ -235,6 +234,23 @@ def test_a_file_that_changes_meanwhile(rows: Path, cache: Path, sly: bool, monke
     assert there(cache) == []
 
 
+class Vanishing(FileSource):
+    """A file that is removed while it is read."""
+
+    def lines(self, progress: Progress | None = None) -> Iterator[Line]:
+        """The lines."""
+        for line in super().lines(progress):
+            self.path.unlink(missing_ok=True)
+            yield line
+
+
+def test_a_file_that_is_removed_meanwhile(rows: Path, cache: Path) -> None:
+    """An error of reading names the file, and does not blame the cache."""
+    with pytest.raises(DataError, match=r"texts\.jsonl cannot be read to its end: No such file or directory\."):
+        open_store(Vanishing.of(rows), recipe_of(), cache)
+    assert there(cache) == []
+
+
 def test_an_error_in_the_rows_leaves_nothing(rows: Path, cache: Path) -> None:
     """An error of the thread that reads ahead is raised where the store is asked for."""
     damaged = rows.with_suffix(".gz")
@@ -309,6 +325,6 @@ def test_log_lines_elsewhere(
 def test_parts_are_bounded() -> None:
     """Rows are encoded in parts of so many rows, or until they have so many bytes."""
     lines = [Line(i, {}, size) for i, size in enumerate([1] * 1500 + [1 << 20] * 5)]
-    parts = [*building_module.parts(lines)]
+    parts = [*parsing.parts(lines)]
     assert [line for part in parts for line in part] == lines
     assert [len(part) for part in parts] == [1024, 478, 3]
