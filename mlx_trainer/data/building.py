@@ -6,12 +6,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_trainer.data.conversation import DataError
 from mlx_trainer.data.locking import locked
-from mlx_trainer.data.parsing import parsed_ahead
+from mlx_trainer.data.parsing import parsed_parts
 from mlx_trainer.data.progress import reading
 from mlx_trainer.data.recipe import Recipe
 from mlx_trainer.data.sources import Source
@@ -64,9 +64,8 @@ def build(source: Source, recipe: Recipe, place: Path, memory: Path, fingerprint
     beside = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=PARTIAL, dir=place.parent))
     try:
         with StoreWriter(beside, recipe) as writer, reading(source) as progress:
-            with closing(parsed_ahead(source, recipe, progress)) as parts:
-                for rows in parts:
-                    writer.add(rows)
+            for rows in parsed_parts(source, recipe, progress):
+                writer.add(rows)
             writer.finish()
         if source.fingerprint(memory) != fingerprint:
             raise DataError(f"{source.location} changed while it was read. Start again when nothing writes to it.")

@@ -1,9 +1,7 @@
-"""Lines to samples: the part of the way from rows to tokens that needs no tokenizer, done while others are encoded."""
+"""Lines to samples: the part of the way from rows to tokens that needs no tokenizer."""
 
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from mlx_trainer.data.conversation import DataError, RowError, Sample, Text
 from mlx_trainer.data.files import Progress
@@ -15,8 +13,6 @@ from mlx_trainer.data.sources import Source
 ENCODED_TOGETHER = 1024
 BYTES_TOGETHER = 2 << 20
 """Rows are encoded in parts of at most so many rows, or about so many bytes as they are on disk."""
-
-Item = TypeVar("Item")
 
 
 class ParsedRow(NamedTuple):
@@ -47,11 +43,9 @@ def parse_row(line: Line, recipe: Recipe) -> ParsedRow:
     return ParsedRow(line.number, sample, name, control)
 
 
-def parsed_ahead(source: Source, recipe: Recipe, progress: Progress) -> Generator[list[ParsedRow], None, None]:
+def parsed_parts(source: Source, recipe: Recipe, progress: Progress) -> Iterator[list[ParsedRow]]:
     """The rows of `source` in parts that are encoded together; raises DataError where it cannot be read."""
-    made = (parse_rows(lines, recipe) for lines in parts(read(source, progress)))
-    with closing(ahead(made)) as parsed:
-        yield from parsed
+    return (parse_rows(lines, recipe) for lines in parts(read(source, progress)))
 
 
 def read(source: Source, progress: Progress) -> Iterator[Line]:
@@ -74,16 +68,3 @@ def parts(lines: Iterable[Line]) -> Iterator[list[Line]]:
             part, size = [], 0
     if part:
         yield part
-
-
-def ahead(items: Iterable[Item]) -> Generator[Item, None, None]:
-    """The `items`, each of them made in a thread while the one before it is in use.
-
-    Rows are parsed by Python on one core, and encoded outside Python on all of them: so neither waits for the other.
-    """
-    iterator = iter(items)
-    with ThreadPoolExecutor(1, thread_name_prefix="mlx-trainer-rows") as thread:
-        following = thread.submit(next, iterator, None)
-        while (item := following.result()) is not None:
-            following = thread.submit(next, iterator, None)
-            yield item

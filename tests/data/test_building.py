@@ -252,7 +252,7 @@ def test_a_file_that_is_removed_meanwhile(rows: Path, cache: Path) -> None:
 
 
 def test_an_error_in_the_rows_leaves_nothing(rows: Path, cache: Path) -> None:
-    """An error of the thread that reads ahead is raised where the store is asked for."""
+    """A file that turns out to be damaged raises its own error."""
     damaged = rows.with_suffix(".gz")
     damaged.write_bytes(b"no gzip at all")
     with pytest.raises(DataError, match="is no valid gzip file"):
