@@ -5,23 +5,22 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_trainer.data.conversation import DataError
-from mlx_trainer.data.jsonl import Line
+from mlx_trainer.data.locking import locked
+from mlx_trainer.data.parsing import parsed_parts
 from mlx_trainer.data.progress import reading
 from mlx_trainer.data.recipe import Recipe
 from mlx_trainer.data.sources import Source
 from mlx_trainer.data.store import FACTS, TokenStore
 from mlx_trainer.data.writing import StoreWriter
 
-ENCODED_TOGETHER = 1024
-BYTES_TOGETHER = 2 << 20
-"""Rows are encoded in parts of at most so many rows, or about so many bytes as they are on disk."""
 UNUSED_DAYS = 30
 """Stores that were not opened for so long are removed when another one is made."""
+PARTIAL = ".partial"
 
 logger = logging.getLogger("mlx_trainer.data")
 
@@ -31,6 +30,10 @@ def open_store(source: Source, recipe: Recipe, cache: Path) -> TokenStore:
 
     Raises DataError where the source cannot be read or the store not be written.
     """
+
+    def waiting() -> None:
+        logger.info("%s: another process is encoding these rows; waiting for it", source.name)
+
     with explained(cache):
         folder = cache / "tokens"
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +41,7 @@ def open_store(source: Source, recipe: Recipe, cache: Path) -> TokenStore:
         place = folder / recipe.key(fingerprint)
         store = found(place, source.name)
         if store is None:
-            with locked(place.with_suffix(".lock"), source.name):
+            with locked(lock_of(place), waiting):
                 store = found(place, source.name) or build(source, recipe, place, cache / "files", fingerprint)
         return store
 
@@ -47,7 +50,8 @@ def found(place: Path, name: str) -> TokenStore | None:
     """The store at `place` if it is there and whole, marked as used now."""
     store = TokenStore.open(place, name)
     if store is not None:
-        os.utime(place / FACTS)
+        with suppress(OSError):  # a cache that can only be read is read
+            os.utime(place / FACTS)
     return store
 
 
@@ -56,13 +60,12 @@ def build(source: Source, recipe: Recipe, place: Path, memory: Path, fingerprint
 
     Raises DataError where the source has another `fingerprint` in the end.
     """
-    for remains in (*place.parent.glob(f"{place.name}.*.partial"), *unused(place.parent)):
-        shutil.rmtree(remains, ignore_errors=True)
-    beside = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=".partial", dir=place.parent))
+    tidy(place)
+    beside = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=PARTIAL, dir=place.parent))
     try:
         with StoreWriter(beside, recipe) as writer, reading(source) as progress:
-            for lines in parts(source.lines(progress)):
-                writer.add(lines)
+            for rows in parsed_parts(source, recipe, progress):
+                writer.add(rows)
             writer.finish()
         if source.fingerprint(memory) != fingerprint:
             raise DataError(f"{source.location} changed while it was read. Start again when nothing writes to it.")
@@ -77,40 +80,26 @@ def build(source: Source, recipe: Recipe, place: Path, memory: Path, fingerprint
     return store
 
 
-def parts(lines: Iterable[Line]) -> Iterator[list[Line]]:
-    """The lines in parts that are encoded together."""
-    part: list[Line] = []
-    size = 0
-    for line in lines:
-        part.append(line)
-        size += line.size
-        if len(part) == ENCODED_TOGETHER or size > BYTES_TOGETHER:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
-
-
-def unused(folder: Path) -> Iterator[Path]:
-    """The stores in `folder` that were not opened for `UNUSED_DAYS`."""
+def tidy(place: Path) -> None:
+    """Remove the stores beside `place` that nobody used for long, and what killed processes left half made."""
     oldest = time.time() - UNUSED_DAYS * 86400
-    for facts in folder.glob(f"*/{FACTS}"):
-        if facts.stat().st_mtime < oldest:
-            yield facts.parent
+    for facts in place.parent.glob(f"*/{FACTS}"):
+        with suppress(FileNotFoundError):  # another process tidies up too
+            if facts.stat().st_mtime < oldest:
+                shutil.rmtree(facts.parent, ignore_errors=True)
+    for remains in place.parent.glob(f"*{PARTIAL}"):
+        made_for = place.with_name(remains.name.split(".")[0])
+        if made_for == place:  # whose lock is held by this process
+            shutil.rmtree(remains, ignore_errors=True)
+            continue
+        with locked(lock_of(made_for)) as nobody_makes_it:
+            if nobody_makes_it:
+                shutil.rmtree(remains, ignore_errors=True)
 
 
-@contextmanager
-def locked(path: Path, name: str) -> Iterator[None]:
-    """Hold the lock at `path`, which the system lets go of when this process ends, however it ends."""
-    import fcntl
-
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("%s: another process is encoding these rows; waiting for it", name)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def lock_of(place: Path) -> Path:
+    """The lock that is held while the store at `place` is made."""
+    return place.with_suffix(".lock")
 
 
 def sync_folder(folder: Path) -> None:

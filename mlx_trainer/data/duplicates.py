@@ -19,15 +19,23 @@ class Leaks:
     trained: str = ""
 
 
+# numpy's `unique` and `isin` hash 64-bit integers, which takes a hundred times as long as sorting them.
+
+
 def count_repeats(rows: Rows) -> int:
     """How many of `rows` have the ids and mask of an earlier one of them."""
-    return len(rows) - len(np.unique(rows.column("digest")))
+    digests = np.sort(rows.column("digest"))
+    return int(np.count_nonzero(digests[1:] == digests[:-1]))
 
 
 def find_leaks(train: Rows, held_out: Rows) -> Leaks:
     """The rows of `held_out` that have the ids and mask of one of `train`."""
+    if not (train and held_out):
+        return Leaks(0)
     trained, digests = train.column("digest"), held_out.column("digest")
-    leaked = np.flatnonzero(np.isin(digests, trained))
+    ascending = np.sort(trained)
+    nearest = ascending[np.minimum(np.searchsorted(ascending, digests), len(ascending) - 1)]
+    leaked = np.flatnonzero(nearest == digests)
     if len(leaked) == 0:
         return Leaks(0)
     first = int(leaked[0])

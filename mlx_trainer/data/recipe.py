@@ -4,17 +4,20 @@ import hashlib
 import inspect
 import os
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
 
-import tokenizers
 from attrs import frozen
+from tokenizers import Tokenizer
 
 from mlx_trainer.data.encoding import SampleEncoder
 from mlx_trainer.data.formats import FORMATS
 from mlx_trainer.data.mapping import FieldMapping
 from mlx_trainer.data.tokenizer import ChatTokenizer
 from mlx_trainer.data.truncation import Truncation
+
+VERSIONS = " ".join(f"{name} {version(name)}" for name in ("tokenizers", "transformers", "jinja2"))
 
 
 @frozen(eq=False)
@@ -29,20 +32,42 @@ class Recipe:
 
     def parts(self) -> Iterator[str]:
         """All that makes a difference, as texts."""
-        yield self.tokenizer.backend_tokenizer.to_str()
-        special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.chat_template)
+        yield vocabulary(self.tokenizer)
+        special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, template(self.tokenizer))
         yield repr((special, self.encoder.completion_style, self.max_seq_length, self.truncation))
         yield self.mapping.canonical
-        yield from (tokenizers.__version__, source_code())
+        yield from (VERSIONS, source_code())
         yield from (own_format(name) for name in FORMATS)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A digest of all parts."""
+        digest = hashlib.blake2b(digest_size=32)
+        for part in self.parts():
+            data = part.encode("utf-8", errors="surrogatepass")
+            digest.update(len(data).to_bytes(8) + data)
+        return digest.digest()
 
     def key(self, fingerprint: str) -> str:
         """The name of the store of rows with this `fingerprint`: 40 hexadecimal digits."""
-        digest = hashlib.blake2b(digest_size=20)
-        for part in (*self.parts(), fingerprint):
-            data = part.encode("utf-8", errors="surrogatepass")
-            digest.update(len(data).to_bytes(8) + data)
-        return digest.hexdigest()
+        return hashlib.blake2b(self.digest + fingerprint.encode(), digest_size=20).hexdigest()
+
+
+def vocabulary(tokenizer: ChatTokenizer) -> str:
+    """Everything that the tokenizer does to a text, without what calls leave in it: rows are not padded or cut so."""
+    backend = tokenizer.backend_tokenizer
+    if backend.padding is not None or backend.truncation is not None:
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+    return str(backend.to_str())
+
+
+def template(tokenizer: ChatTokenizer) -> tuple[object, ...]:
+    """The chat template, and those special tokens that it names."""
+    text = repr(tokenizer.chat_template)
+    tokens = getattr(tokenizer, "special_tokens_map", {})
+    return (text, *sorted((name, str(token)) for name, token in tokens.items() if name in text))
 
 
 @cache
@@ -57,13 +82,17 @@ def source_code() -> str:
 def own_format(name: str) -> str:
     """What tells a format from another of the same name: for a registered one, the file that its function is from.
 
-    A function without a file, written at a prompt, is never the same as another.
+    A function without a file, as one written at a prompt, or with values bound to it is never the same as another.
     """
     form = FORMATS[name]
-    if form.parse.__module__.startswith(__package__ or " "):
+    parse = form.parse
+    if parse.__module__ == __package__ or parse.__module__.startswith(f"{__package__}."):
         return name
     try:
-        code = Path(inspect.getfile(form.parse)).read_bytes()
+        code = Path(inspect.getfile(parse)).read_bytes()
     except (OSError, TypeError):
         code = os.urandom(16)
-    return f"{name} {form.keys} {form.parse.__qualname__} {hashlib.blake2b(code).hexdigest()}"
+    if getattr(parse, "__closure__", None):
+        code += os.urandom(16)
+    told = getattr(parse, "__qualname__", type(parse).__qualname__)
+    return f"{name} {form.keys} {told} {hashlib.blake2b(code).hexdigest()}"

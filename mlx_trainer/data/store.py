@@ -126,7 +126,7 @@ class TokenStore:
 
     def column(self, name: str) -> NDArray[Any]:
         """A field of all rows, copied, (rows,)."""
-        return self._rows.copy(slice(None))[name].copy()
+        return self._rows.field(name)
 
     def row(self, index: int) -> TokenRow:
         """A row; raises DataError where it is not what was written, as an id too large would crash MLX."""
@@ -157,10 +157,24 @@ class MappedArray:
         return cls(mapped, np.frombuffer(mapped, kind))
 
     def copy(self, place: slice) -> NDArray[Any]:
-        """A copy of a slice. Pages that were read count as this process's memory until they are handed back."""
+        """A copy of a slice."""
         values = self._values[place].copy()
-        self._read += values.nbytes
+        self._hand_back(values.nbytes)
+        return values
+
+    def field(self, name: str) -> NDArray[Any]:
+        """A copy of a field of all records."""
+        values = np.empty(len(self._values), self._values.dtype[name])
+        step = READ_AT_ONCE // self._values.itemsize
+        for begin in range(0, len(values), step):
+            records = self._values[begin : begin + step]
+            values[begin : begin + step] = records[name]
+            self._hand_back(records.nbytes)
+        return values
+
+    def _hand_back(self, read: int) -> None:
+        """Pages count as this process's memory from when they are read until they are handed back."""
+        self._read += read
         if self._mapped is not None and self._read > READ_AT_ONCE:
             self._read = 0
             self._mapped.madvise(mmap.MADV_DONTNEED)
-        return values

@@ -1,6 +1,7 @@
 """Rows longer than the maximum: what becomes of them."""
 
 from bisect import bisect_left
+from functools import cache
 from typing import Literal
 
 from attrs import evolve
@@ -47,6 +48,7 @@ def whole_turns(sample: Sample, tokens: Tokens, encoder: SampleEncoder, most: in
     """
     shorter = list(sample.shortened()) if isinstance(sample, Conversation) else []
 
+    @cache  # the one that fits was tried before
     def encoded(turns: int) -> Tokens:
         """The beginning with so many turns more than the shortest."""
         (result,) = encoder.encode([shorter[len(shorter) - 1 - turns]])

@@ -1,29 +1,29 @@
 """Writing a token store: one pass over the rows, in memory that does not grow with them."""
 
-import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from mlx_trainer.data.conversation import RowError, Sample, Text
-from mlx_trainer.data.formats import FORMATS, detect_format
-from mlx_trainer.data.jsonl import Line
+from mlx_trainer.data.conversation import RowError, Sample
+from mlx_trainer.data.parsing import ParsedRow
 from mlx_trainer.data.recipe import Recipe
 from mlx_trainer.data.store import FACTS, NOTES, ROW, StoreFacts
-from mlx_trainer.data.tokenizer import Tokens
+from mlx_trainer.data.tokenizer import BoolArray, IntArray, Tokens
 from mlx_trainer.data.truncation import fit
 
 TOLD = 10
 """So many rows of a kind are told one by one, the others as a count."""
 
-Parsed = tuple[Line, int, Sample]
-"""A line, the row's number among all rows, and what it holds."""
+Kept = tuple[Tokens, int, int, int]
+"""A row's tokens, its line, its number among all rows, and its part."""
 
 
 class StoreWriter:
@@ -49,23 +49,32 @@ class StoreWriter:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def add(self, lines: Sequence[Line]) -> None:
-        """Append the rows of some lines, encoded together."""
-        parsed = [row for line in lines if (row := self._parse(line)) is not None]
-        kept: list[tuple[Tokens, Line, int, int]] = []
-        for (line, number, sample), result in zip(
-            parsed, self.recipe.encoder.encode([sample for *_, sample in parsed]), strict=True
-        ):
-            if isinstance(result, RowError):
-                self._note("bad", line, str(result))
-            elif len(result.ids) <= self.recipe.max_seq_length:
-                self._lengths[len(result.ids)] += 1
-                kept.append((result, line, number, 0))
+    def add(self, rows: Sequence[ParsedRow]) -> None:
+        """Append some rows, encoded together."""
+        first, self._total = self._total, self._total + len(rows)
+        usable: list[tuple[ParsedRow, Sample, int]] = []
+        for number, row in enumerate(rows, start=first):
+            if isinstance(row.sample, RowError):
+                self._note("bad", row, str(row.sample))
+                continue
+            self._formats[row.format] += 1
+            if row.control:
+                self._note("control", row, row.control)
+            usable.append((row, row.sample, number))
+        encoded = self.recipe.encoder.encode([sample for _, sample, _ in usable])
+        kept: list[Kept] = []
+        for (row, sample, number), tokens in zip(usable, encoded, strict=True):
+            if isinstance(tokens, RowError):
+                self._note("bad", row, str(tokens))
+                continue
+            self._lengths[len(tokens.ids)] += 1
+            if len(tokens.ids) <= self.recipe.max_seq_length:
+                kept.append((tokens, row.line, number, 0))
             else:
-                self._lengths[len(result.ids)] += 1
-                parts = self._fit(sample, result, line)
-                kept += [(part, line, number, k) for k, part in enumerate(parts, start=int(len(parts) > 1))]
-        self._write(kept)
+                parts = self._fit(sample, tokens, row)
+                kept += [(part, row.line, number, k) for k, part in enumerate(parts, start=int(len(parts) > 1))]
+        if kept:
+            self._write(kept)
 
     def finish(self) -> StoreFacts:
         """Write what is left, and the facts last; all of it is on the disk when this returns."""
@@ -90,62 +99,45 @@ class StoreWriter:
             os.fsync(written.fileno())
         return facts
 
-    def _parse(self, line: Line) -> Parsed | None:
-        number, self._total = self._total, self._total + 1
-        try:
-            if isinstance(line.value, RowError):
-                raise line.value
-            row = self.recipe.mapping.apply(line.value)
-            name = detect_format(row)
-            sample = FORMATS[name].parse(row)
-        except RowError as error:
-            self._note("bad", line, str(error))
-            return None
-        self._formats[name] += 1
-        if isinstance(sample, Text) and (token := self.recipe.encoder.encoder.spelled_control(sample.text)):
-            self._note("control", line, token)
-        return line, number, sample
-
-    def _fit(self, sample: Sample, tokens: Tokens, line: Line) -> list[Tokens]:
+    def _fit(self, sample: Sample, tokens: Tokens, row: ParsedRow) -> list[Tokens]:
         recipe = self.recipe
         parts = fit(sample, tokens, recipe.encoder, recipe.max_seq_length, recipe.truncation)
         kind = ("dropped", "truncated", "split")[min(len(parts), 2)]
-        self._note(kind, line, f"{len(tokens.ids)} tokens")
+        self._note(kind, row, f"{len(tokens.ids)} tokens")
         return parts
 
-    def _note(self, kind: str, line: Line, reason: str) -> None:
+    def _note(self, kind: str, row: ParsedRow, reason: str) -> None:
         self._counts[kind] += 1
         told = self._told.setdefault(kind, [])
         if len(told) < TOLD:
-            told.append((line.number, reason))
-        note = {"line": line.number, "kind": kind, "reason": reason}
+            told.append((row.line, reason))
+        note = {"line": row.line, "kind": kind, "reason": reason}
         self._notes.write(json.dumps(note).encode() + b"\n")
 
-    def _write(self, kept: Sequence[tuple[Tokens, Line, int, int]]) -> None:
-        if not kept:
-            return
-        ids = np.concatenate([tokens.ids for tokens, *_ in kept])
-        trained = np.concatenate([tokens.trained for tokens, *_ in kept])
+    def _write(self, kept: Sequence[Kept]) -> None:
+        tokens, lines, numbers, parts = zip(*kept, strict=True)
+        ids = np.concatenate([row.ids for row in tokens])
+        trained = np.concatenate([row.trained for row in tokens])
+        lengths = [len(row.ids) for row in tokens]
+        edges = np.cumsum([0, *lengths])
         rows = np.zeros(len(kept), ROW)
-        rows["length"] = lengths = [len(tokens.ids) for tokens, *_ in kept]
-        starts = np.cumsum([0, *lengths])
-        rows["start"] = self._tokens + starts[:-1]
-        rows["trained"] = np.add.reduceat(trained, starts[:-1], dtype=np.int64)
-        rows["line"] = [line.number for _, line, _, _ in kept]
-        rows["number"] = [number for _, _, number, _ in kept]
-        rows["part"] = [part for *_, part in kept]
-        rows["digest"] = [digest_of(tokens) for tokens, *_ in kept]
+        rows["start"] = self._tokens + edges[:-1]
+        rows["length"], rows["line"], rows["number"], rows["part"] = lengths, lines, numbers, parts
+        rows["trained"] = np.add.reduceat(trained, edges[:-1], dtype=np.int64)
+        rows["digest"] = digests(ids, trained, edges.tolist())
         self._ids.write(ids.astype(self._ids_type).tobytes())
         self._trained.write(trained.tobytes())
         self._rows.write(rows.tobytes())
         self._count += len(kept)
         self._tokens += len(ids)
-        self._trained_tokens += int(rows["trained"].sum())
+        self._trained_tokens += int(rows["trained"].sum(dtype=np.int64))
         self._largest_id = max(self._largest_id, int(ids.max()))
 
 
-def digest_of(tokens: Tokens) -> int:
-    """64 bits that are the same for rows of the same ids and mask, and for a pair in 2⁶⁴ of others."""
-    digest = hashlib.blake2b(tokens.ids.tobytes(), digest_size=8)
-    digest.update(tokens.trained.tobytes())
-    return int.from_bytes(digest.digest(), "little")
+def digests(ids: IntArray, trained: BoolArray, edges: Sequence[int]) -> list[int]:
+    """64 bits for the row between each two `edges`: the same for the same ids and mask, and for a pair in 2⁶⁴ else."""
+    letters, mask, size = ids.tobytes(), trained.tobytes(), ids.itemsize
+    return [
+        int.from_bytes(blake2b(letters[size * a : size * b] + mask[a:b], digest_size=8).digest(), "little")
+        for a, b in pairwise(edges)
+    ]

@@ -10,6 +10,7 @@ import numpy as np
 from mlx_trainer.data.conversation import Sample, Text
 from mlx_trainer.data.jsonl import Line
 from mlx_trainer.data.mapping import FieldMapping
+from mlx_trainer.data.parsing import parse_rows
 from mlx_trainer.data.recipe import Recipe
 from mlx_trainer.data.rows import Rows
 from mlx_trainer.data.store import TokenStore
@@ -47,7 +48,7 @@ def write_store(folder: Path, rows: Sequence[Given], name: str = "chats.jsonl", 
     ]
     with StoreWriter(folder, recipe) as writer:
         for start in range(0, len(lines), 7):
-            writer.add(lines[start : start + 7])
+            writer.add(parse_rows(lines[start : start + 7], recipe))
         writer.finish()
     store = TokenStore.open(folder, name)
     assert store is not None
