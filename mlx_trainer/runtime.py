@@ -4,6 +4,7 @@ Tried on Linux CPUs. The Metal branches are written to MLX's documentation and c
 """
 
 import importlib.util
+import math
 import os
 import platform
 import sys
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 
 LOG2_E = 1.4426950408889634
 Backend = Literal["metal", "cuda", "cpu"]
+
+DEQUANTIZE_FROM_ROWS: dict[Backend, float] = {"cpu": 32, "cuda": 256, "metal": math.inf}
+"""From so many rows on, dequantizing a packed weight and multiplying beats `mx.quantized_matmul`.
+
+Dequantizing costs the same for any number of rows and grows with the weight, as the product of one row does: where the
+two cross hardly depends on the layer's size. It is fixed, not measured when a run starts, since the two round
+differently and a continued run must round as before. `benchmarks/quantized.py` shows it for a machine. CPU, float32: 8
+rows for 4 or 8 bits, 32 for 6 bits or mxfp4; fewer in 16-bit types. CUDA: reckoned from a 7B model's steps on an H200.
+Metal: not measured, so MLX's own way is kept.
+"""
 
 _report = ""
 
@@ -68,6 +79,11 @@ def exp(x: "mx.array") -> "mx.array":
     if sys.platform == "linux" and backend() == "cpu":
         return mx.power(2.0, x * LOG2_E)
     return mx.exp(x)
+
+
+def dequantizing_wins(rows: int) -> bool:
+    """Whether a product of `rows` rows with a packed weight is faster where the weight is dequantized first."""
+    return rows >= DEQUANTIZE_FROM_ROWS[backend()]
 
 
 def device_name() -> str:

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.quantized import dequantize_at_use
 
 Linear = nn.Linear | nn.QuantizedLinear
 ADAPTER_NAMES = ("lora_a", "lora_b")
@@ -47,8 +48,9 @@ def dimensions(linear: Linear) -> tuple[int, int]:
 def inject_lora(model: nn.Module, lora: LoRAConfig, *, seed: int = 0) -> nn.Module:
     """Freeze `model`, put adapters on the layers that `lora.target_modules` name, and return it.
 
-    The adapters' start is a function of `seed` and the names of the layers alone. Raises ModelError where a name
-    matches no layer, or something else than the adapters would train.
+    Packed layers, being frozen, then compute what is faster for training (`quantized.py`). The adapters' start is a
+    function of `seed` and the names of the layers alone. Raises ModelError where a name matches no layer, or something
+    else than the adapters would train.
     """
     layers = linear_layers(model)
     paths = target_paths(list(layers), lora.target_modules)
@@ -57,6 +59,7 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, *, seed: int = 0) -> nn.Modu
         for path, key in zip(paths, mx.random.split(mx.random.key(seed), len(paths)), strict=True)
     ]
     model.freeze()
+    dequantize_at_use(model)
     model.update_modules(tree_unflatten(adapted))
     for _, layer in adapted:
         layer.train(model.training)
