@@ -67,7 +67,10 @@ def loss_and_gradients(module: CausalLMModule, batch: Any) -> tuple[float, float
 
 
 def assert_same(module: CausalLMModule, rows: list[TokenRow], *, spare_rows: int = 0, spare: int = 0) -> None:
-    """Loss to 1e-6 and every gradient to 1e-5 of its largest value, however large the shape is."""
+    """Loss to 1e-6 and every gradient to 1e-5 of its largest value, however large the shape is.
+
+    A gradient that is zero, as that of queries with a single key, is noise of the size of the others' rounding.
+    """
     length = max(map(len, rows)) + spare
     tokens = min(sum(map(len, rows)) + 1 + spare, (len(rows) + spare_rows) * length)
     shape = Shape(len(rows) + spare_rows, length, tokens)
@@ -77,9 +80,10 @@ def assert_same(module: CausalLMModule, rows: list[TokenRow], *, spare_rows: int
     assert ours[1] == plain[1]
     assert ours[0] == pytest.approx(plain[0], rel=1e-6, abs=1e-6)
     assert ours[2].keys() == plain[2].keys() != set()
+    rounding = 1e-7 * max(mx.abs(expected).max().item() for expected in plain[2].values())
     for name, expected in plain[2].items():
         size = mx.abs(expected).max().item()
-        assert mx.abs(ours[2][name] - expected).max().item() <= 1e-5 * size + 1e-9, name
+        assert mx.abs(ours[2][name] - expected).max().item() <= 1e-5 * size + rounding, name
 
 
 @st.composite
