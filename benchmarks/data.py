@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from mlx_trainer import DataPipeline
-from mlx_trainer.data.plan import plan
+from mlx_trainer.data.batches.plan import plan
+from mlx_trainer.data.batches.shapes import Budget
 from mlx_trainer.data.report import report_on
-from mlx_trainer.data.shapes import Budget
 from mlx_trainer.models import load_tokenizer
 
 TEXT = " ".join(" ".join(topics.values()).split())

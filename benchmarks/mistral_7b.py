@@ -247,7 +247,7 @@ def main() -> None:
         print(f"| {name} | {mine[name]:,.2f} | {value:,.2f} | {mine[name] / value:.2f} |")
     share = mine["real tokens/s, warm"] / told["limit"]["limit, tokens/s"]
     allowed, rate = told["limit"]["limit, tokens/s"], told["limit"]["matmul TFLOP/s"]
-    print(f"\nmlx_trainer computes {mine['computed per token']:.3f} positions per token, and runs at {share:.2f} of the")
+    print(f"\nmlx_trainer computes {mine['computed per token']:.3f} positions per token and runs at {share:.2f} of the")
     print(f"{allowed:,.0f} tokens/s that {rate:.1f} TFLOP/s of matmuls allow")
 
 

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 from attrs import frozen
 
-from mlx_trainer.data.rows import Rows
+from mlx_trainer.data.store.rows import Rows
 
 logger = logging.getLogger("mlx_trainer.data")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 from attrs import evolve, frozen
 
-from mlx_trainer.data.store import TokenRow
+from mlx_trainer.data.store.store import TokenRow
 from mlx_trainer.monitoring import visible
 
 if TYPE_CHECKING:

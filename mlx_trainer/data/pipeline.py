@@ -8,21 +8,21 @@ from typing import Any, Literal
 import numpy as np
 
 from mlx_trainer import runtime
-from mlx_trainer.data.building import open_store
-from mlx_trainer.data.conversation import DataError
+from mlx_trainer.data.batches.loader import BatchLayout, BatchLoader
+from mlx_trainer.data.batches.plan import split
+from mlx_trainer.data.batches.shapes import Budget
 from mlx_trainer.data.duplicates import find_leaks, tell_leaks
-from mlx_trainer.data.encoding import CompletionStyle, SampleEncoder
-from mlx_trainer.data.loader import BatchLayout, BatchLoader
-from mlx_trainer.data.mapping import FieldMapping
-from mlx_trainer.data.plan import split
-from mlx_trainer.data.recipe import Recipe
+from mlx_trainer.data.encoding.encoder import CompletionStyle, SampleEncoder
+from mlx_trainer.data.encoding.tokenizer import ChatTokenizer
+from mlx_trainer.data.encoding.truncation import TRUNCATIONS, Truncation
 from mlx_trainer.data.refusals import MAX_BAD_SHARE, check_vocabulary, refuse_unusable, tell_notes
-from mlx_trainer.data.rows import Rows
-from mlx_trainer.data.shapes import Budget
-from mlx_trainer.data.sources import Paths, find_sources
+from mlx_trainer.data.samples.conversation import DataError
+from mlx_trainer.data.sources.find import Paths, find_sources
+from mlx_trainer.data.sources.mapping import FieldMapping
+from mlx_trainer.data.store.building import open_store
+from mlx_trainer.data.store.recipe import Recipe
+from mlx_trainer.data.store.rows import Rows
 from mlx_trainer.data.summary import DataSummary, summarize
-from mlx_trainer.data.tokenizer import ChatTokenizer
-from mlx_trainer.data.truncation import TRUNCATIONS, Truncation
 
 logger = logging.getLogger("mlx_trainer.data")
 

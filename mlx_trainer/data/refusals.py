@@ -2,10 +2,10 @@
 
 import logging
 
-from mlx_trainer.data.conversation import DataError
-from mlx_trainer.data.encoding import SampleEncoder
-from mlx_trainer.data.recipe import Recipe
-from mlx_trainer.data.store import NOTES, TokenStore
+from mlx_trainer.data.encoding.encoder import SampleEncoder
+from mlx_trainer.data.samples.conversation import DataError
+from mlx_trainer.data.store.recipe import Recipe
+from mlx_trainer.data.store.store import NOTES, TokenStore
 
 MAX_BAD_SHARE = 0.05
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from attrs import asdict, frozen
 
+from mlx_trainer.data.batches.loader import BatchLayout
+from mlx_trainer.data.batches.shapes import Shape
 from mlx_trainer.data.doubts import batch_doubts, row_doubts
 from mlx_trainer.data.example import Example, show_examples
-from mlx_trainer.data.loader import BatchLayout
 from mlx_trainer.data.pipeline import DataPipeline
-from mlx_trainer.data.shapes import Shape
 from mlx_trainer.data.summary import DataSummary
 
 TOLD_SHAPES = 16

@@ -7,8 +7,8 @@ import numpy as np
 from attrs import frozen
 
 from mlx_trainer.data.duplicates import count_repeats
-from mlx_trainer.data.rows import Rows
-from mlx_trainer.data.store import TokenStore
+from mlx_trainer.data.store.rows import Rows
+from mlx_trainer.data.store.store import TokenStore
 
 
 @frozen

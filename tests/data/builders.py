@@ -17,12 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_trainer.data import DataError, building, files, parsing
-from mlx_trainer.data.encoding import SampleEncoder
-from mlx_trainer.data.files import FileSource, Progress
-from mlx_trainer.data.jsonl import Line
-from mlx_trainer.data.mapping import FieldMapping
-from mlx_trainer.data.recipe import Recipe
+from mlx_trainer.data import DataError
+from mlx_trainer.data.encoding.encoder import SampleEncoder
+from mlx_trainer.data.sources import files
+from mlx_trainer.data.sources.files import FileSource, Progress
+from mlx_trainer.data.sources.jsonl import Line
+from mlx_trainer.data.sources.mapping import FieldMapping
+from mlx_trainer.data.store import building, parsing
+from mlx_trainer.data.store.recipe import Recipe
 from tests.data.tokenizers_for_tests import byte_level_mistral
 
 ROOT = Path(__file__).parents[2]

@@ -7,15 +7,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from mlx_trainer.data.conversation import Sample, Text
-from mlx_trainer.data.jsonl import Line
-from mlx_trainer.data.mapping import FieldMapping
-from mlx_trainer.data.parsing import parse_rows
-from mlx_trainer.data.recipe import Recipe
-from mlx_trainer.data.rows import Rows
-from mlx_trainer.data.store import TokenStore
-from mlx_trainer.data.tokenizer import Tokens
-from mlx_trainer.data.writing import StoreWriter
+from mlx_trainer.data.encoding.tokenizer import Tokens
+from mlx_trainer.data.samples.conversation import Sample, Text
+from mlx_trainer.data.sources.jsonl import Line
+from mlx_trainer.data.sources.mapping import FieldMapping
+from mlx_trainer.data.store.parsing import parse_rows
+from mlx_trainer.data.store.recipe import Recipe
+from mlx_trainer.data.store.rows import Rows
+from mlx_trainer.data.store.store import TokenStore
+from mlx_trainer.data.store.writing import StoreWriter
 
 Given = tuple[Sequence[int], Sequence[bool]]
 

@@ -11,11 +11,11 @@ from attrs import asdict, evolve
 from transformers import PreTrainedTokenizerFast
 
 from mlx_trainer.data import IGNORED, DataPipeline, DataReport, collate, render, report_on, show, warnings_of
+from mlx_trainer.data.batches.loader import BatchLayout
+from mlx_trainer.data.batches.shapes import Shape
 from mlx_trainer.data.example import Example, Span
-from mlx_trainer.data.loader import BatchLayout
 from mlx_trainer.data.report import UsedShape
-from mlx_trainer.data.shapes import Shape
-from mlx_trainer.data.store import TokenRow
+from mlx_trainer.data.store.store import TokenRow
 from tests.data.conftest import WriteRows
 from tests.data.tokenizers_for_tests import mistral_tokenizer
 from tests.tiny import write_tokenizer

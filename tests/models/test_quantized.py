@@ -15,10 +15,10 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_trainer import Trainer, runtime
 from mlx_trainer.callbacks import ModelCheckpoint
 from mlx_trainer.config import LoRAConfig
-from mlx_trainer.data.batch import collate
-from mlx_trainer.data.shapes import Shape
-from mlx_trainer.data.store import TokenRow
-from mlx_trainer.data.unpadded import collate_unpadded
+from mlx_trainer.data.batches.padded import collate
+from mlx_trainer.data.batches.shapes import Shape
+from mlx_trainer.data.batches.unpadded import collate_unpadded
+from mlx_trainer.data.store.store import TokenRow
 from mlx_trainer.models import quantized
 from mlx_trainer.models.adapters import save_adapters
 from mlx_trainer.models.causal_lm import CausalLMModule

@@ -18,10 +18,10 @@ from mlx_trainer import Trainer
 from mlx_trainer.callbacks import Evaluation
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.data import DataPipeline
-from mlx_trainer.data.batch import collate
-from mlx_trainer.data.shapes import Shape
-from mlx_trainer.data.store import TokenRow
-from mlx_trainer.data.unpadded import collate_unpadded
+from mlx_trainer.data.batches.padded import collate
+from mlx_trainer.data.batches.shapes import Shape
+from mlx_trainer.data.batches.unpadded import collate_unpadded
+from mlx_trainer.data.store.store import TokenRow
 from mlx_trainer.models import CausalLMModule, head
 from mlx_trainer.traced import from_tree, to_tree
 from tests.tiny import tiny_mistral

@@ -1,0 +1,1 @@
+"""Which rows make which batch, and the arrays of a batch."""

@@ -1,0 +1,96 @@
+"""Classes of rows of nearly equal length: what of a plan is the same in every epoch."""
+
+from itertools import pairwise
+
+import numpy as np
+from attrs import evolve, frozen
+
+from mlx_trainer.data.batches.shapes import Budget, Integers, Lengths, Shape, length_classes, round_up
+
+TOKEN_STEP = 16
+"""Unpadded batches have a multiple of this many positions."""
+ROUNDS_PER_CLASS = 2
+"""A class has rows for this many batches at least, or the same rows would meet in every epoch."""
+BATCHES_PER_CLASS = 4
+"""There are at most as many classes as this goes into the batches, for the same reason."""
+
+
+@frozen
+class LengthClass:
+    """Rows padded to one shape: those from `begin` to `end` of all rows sorted by length, and `carried` shorter ones.
+
+    They make `batches` full batches; `left` of them are left over, for the next class.
+    """
+
+    begin: int
+    end: int
+    carried: int
+    batches: int
+    left: int
+    shape: Shape
+
+
+def classes_of(lengths: Integers, budget: Budget, ranks: int) -> tuple[LengthClass, ...]:
+    """The classes of rows whose sorted `lengths` are given, shortest first."""
+    if len(lengths) == 0:
+        return ()
+
+    def rows_of(top: int) -> int:
+        return min(budget.rows_of(top), -(-len(lengths) // ranks))
+
+    most = most_classes(lengths, budget, ranks)
+    tops = length_classes(lengths, most, lambda top: ROUNDS_PER_CLASS * ranks * rows_of(top), budget.length_step)
+    edges = [0, *np.searchsorted(lengths, tops, side="right").tolist()]
+    classes: list[LengthClass] = []
+    for (begin, end), top in zip(pairwise(edges), tops.tolist(), strict=True):
+        carried, shorter = (classes[-1].left, classes[-1].shape.length) if classes else (0, 0)
+        # A carried row may be as long as its class allows; that is the longest that it can be in any epoch.
+        longest = np.concatenate([np.full(carried, shorter), lengths[begin:end]])
+        sharing = ranks if top == tops[-1] else 0
+        rows = fitting_rows(longest, budget, rows_of(top), ranks, sharing) if budget.unpadded else rows_of(top)
+        rounds, left = divmod(len(longest), rows * ranks)
+        padded, tokens = Shape(rows, top, rows * top), most_tokens(longest, rows, ranks, sharing)
+        shape = evolve(padded, tokens=whole_steps(tokens, padded))
+        classes.append(LengthClass(begin, end, carried, rounds * ranks, left, shape))
+    return tuple(classes)
+
+
+def fitting_rows(longest: Integers, budget: Budget, rows: int, ranks: int, sharing: int) -> int:
+    """How many rows make an unpadded batch: as many as always fit into the budget's tokens, at least `rows`."""
+    if budget.tokens is None:
+        return rows
+    more = min(budget.tokens * len(longest) // max(int(longest.sum(dtype=np.int64)), 1), -(-len(longest) // ranks))
+    while more > rows and most_tokens(longest, more, ranks, sharing) > budget.tokens:
+        more -= 1
+    return max(more, rows)
+
+
+def most_classes(lengths: Integers, budget: Budget, ranks: int) -> int:
+    """How many classes there may be."""
+    tokens = int(lengths.sum(dtype=np.int64))
+    batches = len(lengths) // budget.rows if budget.rows else tokens // (budget.tokens or 1)
+    return min(max(batches // ranks // BATCHES_PER_CLASS, 1), budget.max_shapes)
+
+
+def blocks_of(count: int, left: int) -> Lengths:
+    """Where `count` rows, sorted by length, are cut into `left` blocks, of each of which one row is left over."""
+    return np.arange(left + 1) * count // max(left, 1)
+
+
+def most_tokens(longest: Integers, rows: int, ranks: int, sharing: int) -> int:
+    """The most tokens that a batch of a class can hold in any epoch.
+
+    `longest` are the lengths of its rows, sorted. Whichever row of each block is left over, the k-th longest of the
+    others is no longer than if it were the first of its block. With `sharing` ranks, what is left makes batches too.
+    """
+    rounds, left = divmod(len(longest), rows * ranks)
+    blocks = blocks_of(len(longest), left)
+    piles = np.delete(longest, blocks[:-1]).reshape(rows, rounds * ranks)
+    full = int(piles.max(axis=1, initial=0).sum())
+    last = longest[blocks[1:] - 1] if left else longest[:0]
+    return max([full, *(int(last[rank::sharing].sum()) for rank in range(sharing))])
+
+
+def whole_steps(tokens: int, shape: Shape) -> int:
+    """Room for `tokens` and for one of padding, a multiple of `TOKEN_STEP`, unless `shape` has fewer positions."""
+    return min(round_up(tokens + 1, TOKEN_STEP), shape.rows * shape.length)

@@ -1,0 +1,1 @@
+"""Samples to ids and masks: which tokens a conversation becomes, and which of them are trained."""

@@ -1,0 +1,1 @@
+"""The tokens of all rows on disk, built once and mapped into memory."""
