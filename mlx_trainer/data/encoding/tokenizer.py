@@ -1,7 +1,6 @@
 """Text to ids in batches, with a copy of the tokenizer in which no text is ever read as a control token."""
 
 import re
-from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
@@ -10,6 +9,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from mlx_trainer.data.encoding.words import WordTable, encoded
 from mlx_trainer.data.samples.conversation import DataError
 
 IntArray = NDArray[np.int32]
@@ -79,6 +79,7 @@ class TextEncoder:
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = not control_tokens
+        self._words = WordTable.of(self._backend)
         added = self._backend.get_added_tokens_decoder()
         self._controls = {token.content: id for id, token in added.items() if token.special}
         self._spelled = re.compile("|".join(map(re.escape, self._controls)) or "(?!)")
@@ -89,12 +90,9 @@ class TextEncoder:
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[IntArray, IntArray]:
         """Ids of all texts one behind the other (ids,), and how many each has (texts,); one batch, on all cores."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        lengths = np.fromiter(map(len, encodings), dtype=np.int32, count=len(encodings))
-        ids = array("i")
-        for encoding in encodings:
-            ids.fromlist(encoding.ids)
-        return np.frombuffer(ids, dtype=np.int32), lengths
+        parts = self._words.encode(texts) if self._words else encoded(self._backend, texts)
+        lengths = np.fromiter(map(len, parts), dtype=np.int32, count=len(parts)) // np.dtype(np.int32).itemsize
+        return np.frombuffer(b"".join(parts), dtype=np.int32), lengths
 
     def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Ids of each text, and for each id the letter at which it ends; slower than `encode`."""
