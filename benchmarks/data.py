@@ -5,9 +5,10 @@
     python benchmarks/data.py --only encoding padding                # some parts: encoding start memory padding plan
 
 The tokenizer has Mistral v3's own vocabulary, which comes with mistral-common, and the texts are Python's language
-reference and, ten times as much, the source code of its standard library. mlx-lm does what `mlx_lm.lora` does: `load_dataset`, `CacheDataset` and, for padding, `iterate_batches`; each
-row is processed once. Ours is `DataPipeline` with an empty cache: the store is encoded, written and synced. The
-two take turns; medians, and the median ratio of the rounds. Starts and memory are those of processes of their own.
+reference and, ten times as much, the source code of its standard library. mlx-lm does what `mlx_lm.lora` does:
+`load_dataset`, `CacheDataset` and, for padding, `iterate_batches`; each row is processed once. Ours is `DataPipeline`
+with an empty cache: the store is encoded, written and synced. The two take turns; medians, and the median ratio of the
+rounds. Starts and memory are those of processes of their own.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """Ids of words, looked up where they were encoded before: exact for SentencePiece's vocabularies.
 
 Such a tokenizer sees a text as one word, in which every blank became `▁`. Where no token of its vocabulary has a `▁`
-behind another letter, no merge reaches over the beginning of a word, so a text's ids are those of its words one behind
-the other. Most words of a text were seen before, and looking one up costs a tenth of encoding it.
+behind another letter, and none a line end, no merge reaches over the beginning of a word or a line, so a text's ids are
+those of its words one behind the other. Most words of a text were seen before, and looking one up costs a tenth of
+encoding it.
 """
 
 import json
@@ -15,23 +16,26 @@ from typing import Any, Self
 from tokenizers import Tokenizer
 
 BLANK = "▁"
+WHOLE = "\0"
+"""Before a text that is not cut into words."""
 LONGEST = 32
 """Letters of the longest word that is kept."""
 MOST = 200_000
 """Words that are kept, about 30 MB."""
 
-CROSSES = re.compile(f"[^{BLANK}]{BLANK}")
-WITH_BLANKS = re.compile(r" +[^ ]*")
+CROSSES = re.compile(f"[^{BLANK}]{BLANK}|\n")
+WORDS = re.compile(r" *[^ \n]+| +|\n")
 
 
 class WordTable:
-    """The ids of words as bytes of int32, each under the word without the blank before it."""
+    """The ids of words, with the blanks before them, as bytes of int32."""
 
-    def __init__(self, backend: Tokenizer, *, prepends: bool, blank: int) -> None:
+    def __init__(self, backend: Tokenizer, *, prepends: bool) -> None:
         self._backend = backend
         self._prepends = prepends
-        self._blank = array("i", [blank]).tobytes()
         self._ids: dict[str, bytes] = {}
+        (self._line_end,) = encoded(backend, ["\n"])
+        self._blank = self._line_end[: array("i").itemsize]  # the tokenizer puts one before
 
     @classmethod
     def of(cls, backend: Tokenizer) -> Self | None:
@@ -47,9 +51,9 @@ class WordTable:
             and backend.encode_special_tokens
         )
         prepends = prepends_always(settings["normalizer"], settings["pre_tokenizer"])
-        if not plain or prepends is None or any(map(CROSSES.search, model["vocab"])) or BLANK not in model["vocab"]:
+        if not plain or prepends is None or any(map(CROSSES.search, model["vocab"])):
             return None
-        return cls(backend, prepends=prepends, blank=model["vocab"][BLANK])
+        return cls(backend, prepends=prepends)
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text, as bytes of int32."""
@@ -65,26 +69,32 @@ class WordTable:
 
     def _words(self, text: str) -> list[str]:
         if BLANK in text:  # a letter that looks like a blank to the vocabulary
-            return [text]
+            return [WHOLE + text]
         if text and (self._prepends or text[0] != " "):
             text = " " + text
-        if "  " in text or text.endswith(" "):
-            return [word[1:] for word in WITH_BLANKS.findall(text)]
-        return text.split(" ")[1:]
+        return WORDS.findall(text)
 
     def _learn(self, words: list[str]) -> None:
-        """Encode `words` in one batch; a blank stands before each, which `_words` took off."""
-        texts = [word if self._prepends or BLANK in word else " " + word for word in words]
-        self._ids.update(zip(words, encoded(self._backend, texts), strict=True))
-        if "" in self._ids:  # of a last blank
-            self._ids[""] = self._blank
+        """Encode `words` in one batch. One behind a line end has no blank, so it is encoded behind a line end."""
+        ids = encoded(self._backend, [self._as_text(word) for word in words])
+        for word, found in zip(words, ids, strict=True):
+            self._ids[word] = found if word[0] in (" ", WHOLE) else found[len(self._line_end) :]
+        if " " in self._ids:
+            self._ids[" "] = self._blank
+
+    def _as_text(self, word: str) -> str:
+        if word[0] == WHOLE:
+            return word[1:]
+        if word[0] == " ":
+            return word[1:] if self._prepends else word
+        return "\n" + word
 
     def _forget(self, words: set[str]) -> None:
         """Drop those of `words` that are too long to come again, and all words where they are too many."""
         if len(self._ids) > MOST:
             self._ids.clear()
         for word in words:
-            if len(word) > LONGEST or BLANK in word:
+            if len(word) > LONGEST:
                 self._ids.pop(word, None)
 
 
