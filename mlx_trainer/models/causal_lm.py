@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
+from mlx_trainer import runtime
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models import adapters, generation, loading, source
 from mlx_trainer.models.error import ModelError
@@ -103,6 +104,7 @@ class CausalLMModule(TrainerModule):
 
     def setup(self, stage: str) -> None:
         """Load the model where that has not happened; dropout is on for "fit" alone."""
+        runtime.bound_cache()
         self.model.train(stage == "fit")
 
     def load_model(self) -> nn.Module:
