@@ -21,7 +21,8 @@ One step is one optimizer update; micro-batches are not events. A run is:
     teardown         always, in reverse order, each isolated
 
 The device is kept busy: the log of step k is read after step k+1 was dispatched, so `on_log(k)` comes after
-`on_step_dispatched(k+1)`, unless an evaluation, a checkpoint or the end of an epoch is due at step k, which read it at once.
+`on_step_dispatched(k+1)`, unless an evaluation, a checkpoint or the end of an epoch is due at step k, which read it at
+once.
 
 Callbacks ask, the trainer acts: `trainer.request_stop(reason)`, `request_evaluation()`, `request_checkpoint()`.
 """
