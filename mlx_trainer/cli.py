@@ -182,8 +182,11 @@ def benchmark(given: Given) -> int:
     from mlx_trainer import benchmarking
 
     extent = benchmarking.Extent(given.get("steps"), given.get("warmup"))
-    peer = "peer" in given
-    report = benchmarking.compare(config, extent) if peer else benchmarking.measure(config, extent, started)
+    report: benchmarking.Report | benchmarking.Comparison
+    if "peer" in given:
+        report = benchmarking.compare(config, extent, given.get("rounds", 1))
+    else:
+        report = benchmarking.measure(config, extent, started)
     if "json" in given:
         print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     else:
@@ -250,7 +253,7 @@ COMMANDS = {
     "benchmark": Command(
         benchmark,
         "Train into nowhere for a while, and print speed, memory and where the time goes.",
-        "[FILE ...] [--model NAME] [--steps N] [--warmup N] [--json] [--peer] [--section.key VALUE ...]",
+        "[FILE ...] [--model NAME] [--steps N] [--warmup N] [--json] [--peer [--rounds N]] [--section.key VALUE ...]",
         ALL,
         {
             "inputs": FILES,
@@ -262,6 +265,11 @@ COMMANDS = {
             },
             "--json": {"action": "store_true", "help": "print one JSON object"},
             "--peer": {"action": "store_true", "help": "compare with mlx-lm's own trainer, in turns"},
+            "--rounds": {
+                "type": int,
+                "metavar": "N",
+                "help": "turns of each that count, the median told (default 1)",
+            },
         },
     ),
     "validate-config": Command(

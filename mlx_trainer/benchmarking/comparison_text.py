@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from mlx_trainer.benchmarking.comparing import OURS, Comparison, Turn
+from mlx_trainer.benchmarking.comparing import Comparison, Turn
 from mlx_trainer.benchmarking.text import report_text
+from mlx_trainer.benchmarking.turns import OURS
 from mlx_trainer.benchmarking.units import duration, figure, memory
 
 FIRST, WIDTH, RATIO = 24, 22, 8

@@ -47,14 +47,15 @@ class HostMs:
 class Shapes:
     """Distinct shapes of micro-batches: in an epoch, compiled so far, and of these in the measured steps.
 
-    `first_dispatch_s` is what dispatching took where a shape was new, `extra_s` how much more than it usually takes.
+    `first_dispatch_s` is what dispatching them for the first time took in all, tracing and compiling included, and
+    `later_dispatch_s` what as many dispatches take once the shapes are known.
     """
 
     planned: int
     compiled: int
     while_measuring: int
     first_dispatch_s: float
-    extra_s: float
+    later_dispatch_s: float
 
     @property
     def all_seen(self) -> bool:
@@ -131,7 +132,7 @@ def compiled_shapes(clock: StepClock) -> Shapes:
         compiled=clock.end.shapes,
         while_measuring=clock.end.shapes - clock.warm.shapes,
         first_dispatch_s=sum(first),
-        extra_s=max(sum(first) - len(first) * usual, 0.0),
+        later_dispatch_s=len(first) * usual,
     )
 
 

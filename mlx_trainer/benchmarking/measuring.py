@@ -1,6 +1,7 @@
 """Trains into nowhere, as `train` would, and tells what it measured."""
 
 import logging
+import os
 import time
 from typing import Any
 
@@ -70,6 +71,8 @@ class Report:
     shapes: Shapes
     epoch: Epoch
     start: Start
+    load_before: float
+    """The machine's load average over the minute before it began: CPUs that other programs kept busy."""
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
@@ -83,6 +86,7 @@ def measure(config: Config, extent: Extent, started: float | None = None) -> Rep
     """
     watch = Stopwatch(time.perf_counter() if started is None else started)
     before = process_age_s() - (time.perf_counter() - watch.started)
+    load = os.getloadavg()[0]
     import_libraries()
     watch.lap("imports")
     with setup_logging():
@@ -110,6 +114,7 @@ def measure(config: Config, extent: Extent, started: float | None = None) -> Rep
         shapes=compiled_shapes(clock),
         epoch=first_epoch(clock, rows.steps_per_epoch),
         start=start_of(watch, clock, before),
+        load_before=load,
     )
 
 

@@ -29,13 +29,15 @@ def line(name: str, text: str) -> str:
     return f"  {name:<{WIDTH}}{text}"
 
 
-def machine(environment: Mapping[str, Any]) -> Iterator[str]:
+def machine(environment: Mapping[str, Any], load: float) -> Iterator[str]:
     """Yield the machine, the versions and the command, a line each."""
     packages = environment["packages"]
     versions = [f"{name} {packages[name]}" for name in ("mlx-trainer", "mlx", "mlx-lm") if packages[name]]
     where = f"{environment['device']} ({environment['backend']}), {environment['cpus']} CPUs"
     blas = f"; {environment['blas']}" if environment["backend"] == "cpu" else ""
     yield line("machine", f"{where}{blas}")
+    if blas and load > environment["cpus"] / 2:
+        yield line("", f"other programs kept {load:.1f} of the CPUs busy before: figures can be several times off")
     yield line("versions", ", ".join([*versions, f"Python {environment['python']}"]))
     yield line("command", " ".join(environment["command"]))
 
@@ -48,7 +50,7 @@ def _head(report: Report) -> Iterator[str]:
     trains = f"{what} trains {scaled(setting.trainable)} of {scaled(setting.parameters)} parameters"
     yield line("model", f"{setting.model}, {setting.dtype}; {trains}")
     yield line("data", f"{setting.train_rows:,} rows to train on; a step is {size}{times}, {setting.layout}")
-    yield from machine(report.environment)
+    yield from machine(report.environment, report.load_before)
     measured = f"{speed.steps:,} steps in {duration(speed.seconds)}"
     yield line("measured", f"{measured}, after {setting.warmup_steps:,} of warm-up")
 
@@ -103,7 +105,8 @@ def _start(report: Report) -> Iterator[str]:
     yield line("first step done", f"{process} after the process began, {command} after the command")
     yield line("of it", ", ".join(f"{PARTS[name]} {value:.2f}" for name, value in found.parts.items()) + " s")
     late = f", {shapes.while_measuring} of them while measuring" if shapes.while_measuring else ""
-    cost = f"their first times took {duration(shapes.extra_s)} more than usual"
+    first, later = duration(shapes.first_dispatch_s), duration(shapes.later_dispatch_s)
+    cost = f"dispatching them took {first}, later {later}"
     yield line("compiled", f"{shapes.compiled} of {shapes.planned} shapes of batches{late}; {cost}")
 
 

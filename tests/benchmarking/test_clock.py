@@ -52,7 +52,7 @@ def test_every_figure_of_a_run() -> None:
     )
     assert measured_host_ms(clock) == HostMs(data=2250.0, dispatch=1000.0, waiting=7000.0)
     assert compiled_shapes(clock) == Shapes(
-        planned=3, compiled=3, while_measuring=0, first_dispatch_s=42.0, extra_s=30.0
+        planned=3, compiled=3, while_measuring=0, first_dispatch_s=42.0, later_dispatch_s=12.0
     )
     # A step is known to be done when the next one was dispatched: the first lasts 11 + 10 s, the last (here) no time.
     steps = measured_step_ms(clock)
@@ -115,7 +115,7 @@ def test_warming_up_ends_with_the_first_epoch() -> None:
 def test_shapes_that_come_late_are_told_and_an_epoch_is_estimated() -> None:
     """Measured from the second step on, the third shape is new while measuring; half the epoch is taken as usual."""
     clock, training = run(Extent(steps=1, warmup=1))
-    assert compiled_shapes(clock) == Shapes(3, 2, 1, first_dispatch_s=28.0, extra_s=28.0)
+    assert compiled_shapes(clock) == Shapes(3, 2, 1, first_dispatch_s=28.0, later_dispatch_s=0.0)
     assert not compiled_shapes(clock).all_seen
     assert first_epoch(clock, training.steps_per_epoch) == Epoch(4, 41 + 2 * 20, True, 4 * 20)
 

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import cattrs
@@ -12,7 +13,7 @@ import pytest
 from attrs import evolve
 
 from mlx_trainer import cli, runtime
-from mlx_trainer.benchmarking import Comparison, Report, comparing
+from mlx_trainer.benchmarking import Comparison, Report, comparing, turns
 from mlx_trainer.benchmarking.comparing import Turn
 from mlx_trainer.benchmarking.comparison_text import comparison_text, table
 from mlx_trainer.config import ConfigError
@@ -48,10 +49,16 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_every_figure_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    """A line for each, with the machine, the versions and the command."""
+@pytest.mark.parametrize("load", [0.0, 1000.0])
+def test_every_figure_is_printed(
+    load: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line for each, with the machine, the versions and the command; one more where others used the processor."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
     assert cli.main(QUICK) == 0
-    lines = [line[2:24].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    shown = capsys.readouterr().out
+    assert ("other programs kept 1000.0 of the CPUs busy" in shown) == (load > 0 and runtime.backend() == "cpu")
+    lines = [line[2:24].strip() for line in shown.splitlines() if line.startswith("  ") and line[2:24].strip()]
     assert lines == [
         *("model", "data", "machine", "versions", "command", "measured"),
         *("real tokens/s", "trained tokens/s", "computed positions/s", "rows/s"),
@@ -102,6 +109,7 @@ def test_options_of_a_training_change_what_is_measured(capsys: pytest.CaptureFix
         (("--warmup", "x"), "argument --warmup: invalid int value: 'x'"),
         (("--model", "./nothing"), "There is no folder ./nothing."),
         (("none.jsonl",), "none.jsonl"),
+        (("--peer", "--rounds", "0"), "--rounds is 0; it must be a whole number, at least 1"),
         (("--peer", "--training.optimizer", "lion"), "--peer: mlx_lm.lora has no optimizer lion"),
         (("--peer", "--training.batch_size", "64"), "--peer: mlx_lm needs 64 rows for a batch, and there are 11"),
         (("--peer", "--model", "./nothing"), "There is no folder ./nothing."),
@@ -128,29 +136,39 @@ def test_help_names_the_options_and_those_of_train(capsys: pytest.CaptureFixture
 
 def test_the_peer_takes_turns_and_ratios_are_quotients(capsys: pytest.CaptureFixture[str]) -> None:
     """mlx-lm's trainer runs for real; ours through its figures are the ratios, and both are told."""
-    found = told(capsys, "--peer")
-    turns, ratios = found["comparison"]["turns"], found["comparison"]["ratios"]
+    found = told(capsys, "--peer", "--rounds", "2")
+    taken, ratios = found["comparison"]["turns"], found["comparison"]["ratios"]
     on_linux_cpu = sys.platform == "linux" and runtime.backend() == "cpu"
-    assert list(turns) == ["mlx_trainer", *["mlx_lm_same_blas"] * on_linux_cpu, "mlx_lm"]
-    assert list(ratios) == list(turns)[1:]
-    ours = turns["mlx_trainer"]
+    assert list(taken) == ["mlx_trainer", *["mlx_lm_same_blas"] * on_linux_cpu, "mlx_lm"]
+    assert list(ratios) == list(taken)[1:]
+    ours = taken["mlx_trainer"]
     assert (ours["tokens_per_s"], ours["peak_gb"]) == (found["speed"]["tokens_per_s"], found["memory"]["peak_gb"])
     for name, figures in ratios.items():
         assert {"tokens_per_s", "step_ms", "first_epoch_s"} <= set(figures)
-        assert figures == {figure: ours[figure] / turns[name][figure] for figure in figures}
-    assert all(turn["cold_first_step_s"] > 0 for turn in turns.values())
-    shown = comparison_text(cattrs.structure({"ours": found, "turns": turns}, Comparison))
+        assert figures == {figure: ours[figure] / taken[name][figure] for figure in figures}
+    assert all(turn["cold_first_step_s"] > 0 for turn in taken.values())
+    shown = comparison_text(cattrs.structure({"ours": found, "turns": taken}, Comparison))
     header, speeds = shown.splitlines()[-7:-5]
     assert header.split()[0] == "mlx_trainer"
     assert speeds.split()[-1] == f"{ratios['mlx_lm']['tokens_per_s']:.2f}"
+
+
+def test_the_median_of_several_rounds_is_told() -> None:
+    """Of an even number, the slower of the two in the middle."""
+
+    def of(speed: float) -> Any:
+        return SimpleNamespace(speed=SimpleNamespace(tokens_per_s=speed))
+
+    for speeds, expected in (([3], 3), ([9, 1, 5], 5), ([9, 1, 5, 7], 5)):
+        assert comparing.median([of(speed) for speed in speeds]).speed.tokens_per_s == expected
 
 
 def test_a_peak_without_the_largest_batch_has_no_ratio() -> None:
     """It is told as the least that it can be."""
     ours = Turn(10.0, 100.0, 2.0, True, 30.0, False, 3.0, 4.0)
     theirs = evolve(ours, peak_gb=1.0, longest_seen=False, epoch_estimated=True)
-    turns = {"mlx_trainer": ours, "mlx_lm_same_blas": evolve(theirs, longest_seen=True), "mlx_lm": theirs}
-    comparison = Comparison(cast(Report, None), turns)
+    taken = {"mlx_trainer": ours, "mlx_lm_same_blas": evolve(theirs, longest_seen=True), "mlx_lm": theirs}
+    comparison = Comparison(cast(Report, None), taken)
     assert comparison.ratios("mlx_lm_same_blas")["peak_gb"] == 2
     assert list(comparison.ratios("mlx_lm")) == ["tokens_per_s", "step_ms", "first_epoch_s"]
     rows = {line[:22].strip(): line.split() for line in table(comparison)}
@@ -162,7 +180,7 @@ def test_a_turn_that_fails_has_its_own_words() -> None:
     """Exit codes 1 and 2 are the errors that they stand for; anything else is a mistake of ours, told whole."""
 
     def output(code: str) -> str:
-        return comparing.output_of([sys.executable, "-c", code], dict(os.environ))
+        return turns.output_of([sys.executable, "-c", code], dict(os.environ))
 
     assert output("print('figures')") == "figures\n"
     say = "import sys; print('12:00 INFO mlx', 'mlx-trainer: it is wrong', sep='\\n', file=sys.stderr); sys.exit({})"
