@@ -183,6 +183,8 @@ def benchmark(given: Given) -> int:
 
     extent = benchmarking.Extent(given.get("steps"), given.get("warmup"))
     report: benchmarking.Report | benchmarking.Comparison
+    if "rounds" in given and "peer" not in given:
+        raise ConfigError("--rounds is for --peer, whose turns it counts")
     if "peer" in given:
         report = benchmarking.compare(config, extent, given.get("rounds", 1))
     else:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 
 from mlx_trainer.benchmarking.clock import StepClock
 
@@ -108,8 +108,13 @@ def measured_speed(clock: StepClock) -> Speed:
 
 
 def measured_step_ms(clock: StepClock) -> StepMs:
-    """The times of the measured steps; the first one waits for two dispatches, the last one for none."""
-    return step_ms(clock.warm.time, clock.done[clock.warm.steps : clock.end.steps])
+    """The mean of the measured steps, and percentiles of those between the first and the last of them.
+
+    A step's end is known after the next one was dispatched: the first one waits for two dispatches, the last for none.
+    """
+    done = clock.done[clock.warm.steps : clock.end.steps]
+    every = step_ms(clock.warm.time, done)
+    return every if len(done) < 3 else evolve(step_ms(done[0], done[1:-1]), mean=every.mean)
 
 
 def measured_host_ms(clock: StepClock) -> HostMs:

@@ -107,7 +107,7 @@ def _start(report: Report) -> Iterator[str]:
     late = f", {shapes.while_measuring} of them while measuring" if shapes.while_measuring else ""
     first, later = duration(shapes.first_dispatch_s), duration(shapes.later_dispatch_s)
     cost = f"dispatching them took {first}, later {later}"
-    yield line("compiled", f"{shapes.compiled} of {shapes.planned} shapes of batches{late}; {cost}")
+    yield line("compiled", f"{shapes.compiled} shapes of batches{late}, {shapes.planned} are in an epoch; {cost}")
 
 
 def _whole(report: Report) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mlx_trainer import Callback, Trainer
@@ -12,6 +13,7 @@ from mlx_trainer.benchmarking.figures import (
     HostMs,
     Shapes,
     Speed,
+    StepMs,
     compiled_shapes,
     first_epoch,
     measured_host_ms,
@@ -55,10 +57,38 @@ def test_every_figure_of_a_run() -> None:
         planned=3, compiled=3, while_measuring=0, first_dispatch_s=42.0, later_dispatch_s=12.0
     )
     # A step is known to be done when the next one was dispatched: the first lasts 11 + 10 s, the last (here) no time.
-    steps = measured_step_ms(clock)
-    assert (steps.mean, steps.p5, steps.p50, steps.p95) == pytest.approx((10250, 1500, 10000, 19350))
+    assert measured_step_ms(clock) == StepMs(mean=10250.0, p5=10000.0, p50=10000.0, p95=10000.0)
     assert first_epoch(clock, training.steps_per_epoch) == Epoch(4, 3 + 4 * 8 + 3 * 2 + 30, False, 41.0)
     assert (training.state.step, training.stop_reason) == (8, "measured enough")
+
+
+def test_percentiles_of_steps_of_uneven_length() -> None:
+    """They are those of the steps between the first and the last; of two steps, those of both."""
+    clock, _ = run(Extent(steps=7))
+    steps = measured_step_ms(clock)  # 21, then 10, 10, 11, 10, 10, then 0 s
+    assert (steps.mean, steps.p5, steps.p50, steps.p95) == pytest.approx((72_000 / 7, 10_000, 10_000, 10_800))
+    clock, _ = run(Extent(steps=2))
+    steps = measured_step_ms(clock)
+    assert (steps.mean, steps.p5, steps.p50, steps.p95) == pytest.approx((10_500, 1_050, 10_500, 19_950))
+
+
+def test_the_device_is_waited_for_three_times_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first step, before the first measured one and after the last; never in between."""
+    calls: list[int] = []
+    evaluate = mx.eval
+
+    def counted(*arrays: Any) -> None:
+        calls.append(1)
+        evaluate(*arrays)
+
+    monkeypatch.setattr(mx, "eval", counted)
+
+    def evaluations(*callbacks: Callback) -> int:
+        calls.clear()
+        Trainer(max_steps=7, callbacks=callbacks).fit(CountingModule(), toy_batches(SIZES))
+        return len(calls)
+
+    assert evaluations(StepClock(Extent(steps=4, warmup=3), shapes=3)) == evaluations() + 3
 
 
 def test_the_start_is_split_without_a_gap() -> None:
