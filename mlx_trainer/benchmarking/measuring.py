@@ -90,18 +90,7 @@ def measure(config: Config, extent: Extent, started: float | None = None) -> Rep
     import_libraries()
     watch.lap("imports")
     with setup_logging():
-        module = build.build_module(config)
-        data = build.build_data(config, module)
-        rows = build.build_report(config, data, module)
-        for line in rows.epoch_lines():
-            log.info("%s", line)
-        watch.lap("data")
-        module.setup("fit")
-        watch.lap("model")
-        clock = StepClock(extent, rows.shapes)
-        trainer = throwaway_trainer(config, clock)
-        log.info("training into nowhere: %s", extent)
-        trainer.fit(module, data)
+        module, clock, trainer, rows = run(config, extent, watch)
     reached = measured_speed(clock)
     return Report(
         environment=environment_facts(),
@@ -116,6 +105,23 @@ def measure(config: Config, extent: Extent, started: float | None = None) -> Rep
         start=start_of(watch, clock, before),
         load_before=load,
     )
+
+
+def run(config: Config, extent: Extent, watch: Stopwatch) -> tuple[CausalLMModule, StepClock, Trainer, DataReport]:
+    """Prepare as `build.train` does, train until the clock has enough, and return what was used."""
+    module = build.build_module(config)
+    data = build.build_data(config, module)
+    rows = build.build_report(config, data, module)
+    for line in rows.epoch_lines():
+        log.info("%s", line)
+    watch.lap("data")
+    module.setup("fit")
+    watch.lap("model")
+    clock = StepClock(extent, rows.shapes)
+    trainer = throwaway_trainer(config, clock)
+    log.info("training into nowhere: %s", extent)
+    trainer.fit(module, data)
+    return module, clock, trainer, rows
 
 
 def import_libraries() -> None:

@@ -37,7 +37,9 @@ def machine(environment: Mapping[str, Any], load: float) -> Iterator[str]:
     blas = f"; {environment['blas']}" if environment["backend"] == "cpu" else ""
     yield line("machine", f"{where}{blas}")
     if blas and load > environment["cpus"] / 2:
-        yield line("", f"other programs kept {load:.1f} of the CPUs busy before: figures can be several times off")
+        yield line(
+            "", f"load average {load:.1f} before it began: with others at work, figures can be several times off"
+        )
     yield line("versions", ", ".join([*versions, f"Python {environment['python']}"]))
     yield line("command", " ".join(environment["command"]))
 
@@ -107,7 +109,7 @@ def _start(report: Report) -> Iterator[str]:
     late = f", {shapes.while_measuring} of them while measuring" if shapes.while_measuring else ""
     first, later = duration(shapes.first_dispatch_s), duration(shapes.later_dispatch_s)
     cost = f"dispatching them took {first}, later {later}"
-    yield line("compiled", f"{shapes.compiled} shapes of batches{late}, {shapes.planned} are in an epoch; {cost}")
+    yield line("compiled", f"{shapes.compiled} shapes of batches{late} ({shapes.planned} in the first epoch); {cost}")
 
 
 def _whole(report: Report) -> Iterator[str]:
