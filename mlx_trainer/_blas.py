@@ -31,6 +31,7 @@ GEMM_SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 """Everything that `libmlx.so` takes from a BLAS (`nm -D libmlx.so`, mlx 0.32)."""
 
 VARIABLE = "MLX_TRAINER_BLAS"
+OFF = ("off", "0", "none", "false")
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
 _SLOW = "the reference BLAS of the MLX wheel, tens of times slower in matrix products"
 
@@ -38,7 +39,7 @@ _SLOW = "the reference BLAS of the MLX wheel, tens of times slower in matrix pro
 def load(threads: int) -> str:
     """Put an optimized BLAS under MLX, give it so many threads, and return one line that says what was done."""
     wanted = os.environ.get(VARIABLE, "")
-    if wanted.lower() in {"off", "0", "none", "false"}:
+    if wanted.lower() in OFF:
         return f"BLAS: switched off by {VARIABLE}={wanted}; {_SLOW}"
     refused = []
     for path, origin in [(wanted, VARIABLE)] if wanted else _candidates():

@@ -9,6 +9,7 @@ One step is one optimizer update; micro-batches are not events. A run is:
           transform_gradients                              traced, in list order
           accept_update                                    traced
           optimizer update where accepted                  traced
+        on_step_dispatched                                 host; the device still works on the step before
         on_step_end                                        host; metrics are still lazy arrays
         on_log                                             host, when due: the one place values are read
         on_evaluation_start, on_evaluation_end             when due
@@ -20,7 +21,8 @@ One step is one optimizer update; micro-batches are not events. A run is:
     teardown         always, in reverse order, each isolated
 
 The device is kept busy: the log of step k is read after step k+1 was dispatched, so `on_log(k)` comes after
-`on_step_start(k+1)`, unless an evaluation, a checkpoint or the end of an epoch is due at step k, which read it at once.
+`on_step_dispatched(k+1)`, unless an evaluation, a checkpoint or the end of an epoch is due at step k, which read it at
+once.
 
 Callbacks ask, the trainer acts: `trainer.request_stop(reason)`, `request_evaluation()`, `request_checkpoint()`.
 """
@@ -51,6 +53,7 @@ HOST_EVENTS = (
     "on_fit_start",
     "on_epoch_start",
     "on_step_start",
+    "on_step_dispatched",
     "on_step_end",
     "on_log",
     "on_evaluation_start",
@@ -68,7 +71,7 @@ TRACED_EVENTS = ("transform_gradients", "accept_update")
 class Callback:
     """Override what you need; a method that is not overridden costs nothing.
 
-    `every=N` makes `on_step_start` and `on_step_end` come at each Nth step only. `phase` orders callbacks: plain
+    `every=N` makes the three events of a step come at each Nth step only. `phase` orders callbacks: plain
     callbacks in list order, then loggers (they see what others added to the metrics), then checkpointing.
     """
 
@@ -93,6 +96,9 @@ class Callback:
 
     def on_step_start(self, trainer: "Trainer", module: "TrainerModule", step: int) -> None:
         """Steps count from 1."""
+
+    def on_step_dispatched(self, trainer: "Trainer", module: "TrainerModule", step: int) -> None:
+        """The step was handed to the device and the host has not waited for anything yet: for clocks."""
 
     def on_step_end(self, trainer: "Trainer", module: "TrainerModule", step: int) -> None:
         """`trainer.step_output` holds the step's arrays, still lazy: reading one here would stall the device."""

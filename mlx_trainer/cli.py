@@ -10,6 +10,7 @@ for the help of these options (this: 0.3 s), and could neither lay them over a f
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -174,6 +175,27 @@ def inspect(given: Given) -> int:
     return int("strict" in given and bool(warnings_of(report)))
 
 
+def benchmark(given: Given) -> int:
+    """Print how fast a training is on this machine, beside mlx-lm's own trainer where --peer is given."""
+    started = time.perf_counter()
+    config = config_of(given)
+    from mlx_trainer import benchmarking
+
+    extent = benchmarking.Extent(given.get("steps"), given.get("warmup"))
+    report: benchmarking.Report | benchmarking.Comparison
+    if "rounds" in given and "peer" not in given:
+        raise ConfigError("--rounds is for --peer, whose turns it counts")
+    if "peer" in given:
+        report = benchmarking.compare(config, extent, given.get("rounds", 1))
+    else:
+        report = benchmarking.measure(config, extent, started)
+    if "json" in given:
+        print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        print(benchmarking.as_text(report))
+    return 0
+
+
 def validate_config(given: Given) -> int:
     """Tell whether a configuration can be used, and what in it is unwise."""
     config = config_of(given)
@@ -228,6 +250,28 @@ COMMANDS = {
             "--json": {"action": "store_true", "help": "print one JSON object"},
             "--strict": {"action": "store_true", "help": "end with code 1 where there are warnings"},
             "--rows": {"type": int, "metavar": "N", "help": "rows to show with their trained tokens (default 2)"},
+        },
+    ),
+    "benchmark": Command(
+        benchmark,
+        "Train into nowhere for a while, and print speed, memory and where the time goes.",
+        "[FILE ...] [--model NAME] [--steps N] [--warmup N] [--json] [--peer [--rounds N]] [--section.key VALUE ...]",
+        ALL,
+        {
+            "inputs": FILES,
+            "--steps": {"type": int, "metavar": "N", "help": "steps to measure (default: for about 30 s)"},
+            "--warmup": {
+                "type": int,
+                "metavar": "N",
+                "help": "steps before these (default: until every shape of batches is compiled, at most an epoch)",
+            },
+            "--json": {"action": "store_true", "help": "print one JSON object"},
+            "--peer": {"action": "store_true", "help": "compare with mlx-lm's own trainer, in turns"},
+            "--rounds": {
+                "type": int,
+                "metavar": "N",
+                "help": "turns of each that count, the median told (default 1)",
+            },
         },
     ),
     "validate-config": Command(

@@ -34,6 +34,7 @@ Metal: not measured, so MLX's own way is kept.
 """
 
 _report = ""
+_set_here: dict[str, str] = {}
 
 
 def prepare() -> None:
@@ -47,12 +48,18 @@ def prepare() -> None:
     if sys.platform != "linux":
         _report = f"BLAS: {'Accelerate, part of macOS' if sys.platform == 'darwin' else 'as MLX brings it'}"
     elif _has_cuda():
-        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100")
+        if "MLX_MAX_MB_PER_BUFFER" not in os.environ:
+            os.environ["MLX_MAX_MB_PER_BUFFER"] = _set_here["MLX_MAX_MB_PER_BUFFER"] = "100"
         _report = "BLAS: not needed, MLX runs on CUDA"
     elif not _report:
         import mlx.core  # noqa: F401  (the library whose calls are redirected)
 
         _report = _blas.load(available_cpus())
+
+
+def foreign_environment() -> dict[str, str]:
+    """Return the environment as it was before `prepare`, for programs that are to run without its settings."""
+    return {name: value for name, value in os.environ.items() if name not in _set_here}
 
 
 def blas_report() -> str:

@@ -132,6 +132,11 @@ class Trainer:
         """The held-out batches of this run, if it has any."""
         return self._validation_loader
 
+    @property
+    def compiled_shapes(self) -> int:
+        """How many distinct shapes of micro-batches this run has compiled so far."""
+        return self._step.compiled_shapes
+
     def write_checkpoint(self, directory: Path) -> None:
         """Fill an existing directory with all that a resumed run needs."""
         self._snapshot.write(directory)
@@ -252,6 +257,7 @@ class Trainer:
 
         # Dispatched, not waited for: the device goes straight from the last step to this one …
         self.step_output = self._step(window)
+        self.events.emit_step("on_step_dispatched", self, self.module, step)
         # … while the host reads the last one's numbers, if they are due, and never runs more than one step ahead.
         self._read_log()
         if ahead is not None:

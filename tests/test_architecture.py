@@ -51,7 +51,8 @@ ALLOWED = {
     "callbacks": LEAVES | CORE,
     "run_folder": {"checkpoint", "config"},
     "build": CORE | LEAVES | {"run_folder", "callbacks", "data", "models", "optim"},
-    "cli": {"build", "__init__"} | CORE | LEAVES | {"data", "models"},
+    "benchmarking": CORE | LEAVES | {"_blas", "build", "data", "models"},
+    "cli": {"benchmarking", "build", "__init__"} | CORE | LEAVES | {"data", "models"},
     "__main__": {"cli"},
     "__init__": None,  # names everything, imports it lazily
 }

@@ -57,8 +57,10 @@ def test_the_timeline_of_a_run() -> None:
         ("on_fit_start",),
         ("on_epoch_start", 0),
         ("on_step_start", 1),
+        ("on_step_dispatched", 1),
         ("on_step_end", 1),
         ("on_step_start", 2),
+        ("on_step_dispatched", 2),
         ("on_log", 1),  # step 2 is already dispatched
         ("on_step_end", 2),
         ("on_log", 2),  # read at once: an evaluation is due
@@ -67,11 +69,13 @@ def test_the_timeline_of_a_run() -> None:
         ("on_checkpoint", 2),
         ("on_checkpoint_saved",),
         ("on_step_start", 3),
+        ("on_step_dispatched", 3),
         ("on_step_end", 3),
         ("on_log", 3),  # read at once: the epoch ends
         ("on_epoch_end", 0),
         ("on_epoch_start", 1),
         ("on_step_start", 4),
+        ("on_step_dispatched", 4),
         ("on_step_end", 4),
         ("on_log", 4),
         ("on_epoch_end", 1),
@@ -109,9 +113,11 @@ def test_an_exception_reaches_every_callback_and_the_caller() -> None:
     with pytest.raises(RuntimeError, match="the original error"):
         trainer.fit(ToyModule(), FIVE)
 
-    assert events[-7:] == [
+    assert events[-9:] == [
         ("first", "on_step_start", 2),
         ("second", "on_step_start", 2),
+        ("first", "on_step_dispatched", 2),
+        ("second", "on_step_dispatched", 2),
         ("first", "on_step_end", 2),
         ("first", "on_exception"),
         ("second", "on_exception"),
@@ -139,8 +145,10 @@ def test_every_filters_the_step_events() -> None:
 
     assert [e for e in recorder.events if e[0].startswith("on_step")] == [
         ("on_step_start", 2),
+        ("on_step_dispatched", 2),
         ("on_step_end", 2),
         ("on_step_start", 4),
+        ("on_step_dispatched", 4),
         ("on_step_end", 4),
     ]
     assert [e for e in recorder.events if e[0] == "on_log"] == [("on_log", n) for n in (1, 2, 3, 4)]

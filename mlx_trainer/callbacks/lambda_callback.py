@@ -13,7 +13,7 @@ EVENTS = (*HOST_EVENTS, *TRACED_EVENTS)
 class LambdaCallback(Callback):
     """Functions by the name of their event, called with its arguments: `on_fit_end=lambda trainer, module: …`.
 
-    `every=N` calls `on_step_start` and `on_step_end` at each Nth step only. Two in one run need different names.
+    `every=N` calls the events of a step at each Nth step only. Two in one run need different names.
     Raises TypeError, with the nearest event, for a name that is none.
 
     Costs what the functions cost; at events without a function, nothing.

@@ -19,7 +19,7 @@ def environment_facts() -> dict[str, Any]:
     """Return what is needed to run the same thing again elsewhere, as plain JSON values; takes about 10 ms."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": mask_arguments([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": mask_arguments([*_program(Path(sys.argv[0])), *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
@@ -36,6 +36,11 @@ def environment_facts() -> dict[str, Any]:
 def write_environment(run_dir: str | Path, **more: Any) -> Path:
     """Write `environment.json`, with further facts such as the seed or the data's fingerprint, and return its path."""
     return write_atomic(Path(run_dir) / "environment.json", to_json(environment_facts() | more, indent=2) + "\n")
+
+
+def _program(path: Path) -> list[str]:
+    """Return how a program is called: by its name, or as the module that it is."""
+    return ["python", "-m", path.parent.name] if path.name == "__main__.py" else [path.name]
 
 
 def _version(package: str) -> str | None:
