@@ -168,8 +168,9 @@ def divide(train: Rows, held_out: Rows, seed: int, train_split: float) -> tuple[
         return train, held_out
     numbers = train.numbers
     total = sum(store.facts.total for store in train.stores)
-    kept = np.unique(numbers)
-    held = np.zeros(total, np.bool_)
+    usable, held = np.zeros(total, np.bool_), np.zeros(total, np.bool_)
+    usable[numbers] = True
+    kept = np.flatnonzero(usable)
     held[kept[split(seed, total, kept, train_split)[1]]] = True
     return train.take(~held[numbers]), train.take(held[numbers])
 

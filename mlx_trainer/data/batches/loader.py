@@ -130,11 +130,16 @@ class BatchLoader:
 
     @cached_property
     def predictions(self) -> Mapping[Shape, int]:
-        """How many predictions the unpadded batches of each shape have room for: the most of any batch of epoch 0."""
+        """How many predictions the unpadded batches of each shape have room for.
+
+        A tenth more than any batch of epoch 0 needs, so that hardly a batch of any other epoch needs more.
+        """
         planned = self.plan(0)
         sums = self._trained_tokens(planned)
         most = {shape: int(sums[planned.classes == k].max(initial=1)) for k, shape in enumerate(planned.shapes)}
-        return {shape: min(round_up(count + 1, TOKEN_STEP), shape.tokens + 1) for shape, count in most.items()}
+        return {
+            shape: min(round_up(count * 11 // 10 + 1, TOKEN_STEP), shape.tokens + 1) for shape, count in most.items()
+        }
 
     def _trained_tokens(self, planned: EpochPlan) -> Lengths:
         trained = self.rows.column("trained")[self.row_numbers(0, planned.order)]
