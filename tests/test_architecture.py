@@ -87,6 +87,23 @@ def test_arrows_point_one_way() -> None:
     assert wrong == []
 
 
+DATA_ROOMS = ("samples", "sources", "encoding", "store", "batches")
+"""Each may import those before it; what stands beside them may import all."""
+
+
+def test_the_rooms_of_data_follow_each_other() -> None:
+    """From lines to samples, tokens, the store and batches: no room knows one that comes after it."""
+    wrong = []
+    for room_number, name in enumerate(DATA_ROOMS):
+        allowed = set(DATA_ROOMS[: room_number + 1])
+        for path in sorted((PACKAGE / "data" / name).glob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+                if module.startswith("mlx_trainer.data") and [*module.split("."), ""][2] not in allowed:
+                    wrong.append(f"{name}/{path.name} imports {module}")
+    assert wrong == []
+
+
 def test_files_stay_small() -> None:
     """No file of the package is longer than 320 lines: where trainers rotted, it was one file that owned everything."""
     long = {path.name: n for path in PACKAGE.rglob("*.py") if (n := len(path.read_text().splitlines())) > 320}
