@@ -66,9 +66,8 @@ def fitting_rows(longest: Integers, budget: Budget, rows: int, ranks: int, shari
 
 
 def most_classes(lengths: Integers, budget: Budget, ranks: int) -> int:
-    """How many classes there may be."""
-    tokens = int(lengths.sum(dtype=np.int64))
-    batches = len(lengths) // budget.rows if budget.rows else tokens // (budget.tokens or 1)
+    """How many classes there may be, for so many batches as a single class would make."""
+    batches = len(lengths) // budget.rows_of(int(lengths[-1]))
     return min(max(batches // ranks // BATCHES_PER_CLASS, 1), budget.max_shapes)
 
 

@@ -62,9 +62,10 @@ def length_classes(
 ) -> Lengths:
     """The lengths, ascending, to which rows are padded: at most `most`, each for at least `fewest_rows(length)` rows.
 
+    The longest may be for fewer, or a single row would lengthen many others.
+
     Found by dynamic programming over the lengths in steps of `LENGTH_STEP`, and of `coarse` above half of that: the
-    classes with the fewest positions in all, and no class that saves next to nothing. A single class where the rows
-    are too few for two.
+    classes with the fewest positions in all, and no class that saves next to nothing.
 
     >>> length_classes(np.array([3, 5, 20, 21, 22, 80, 81]), 3, lambda length: 2).tolist()
     [8, 24, 88]
@@ -78,7 +79,7 @@ def length_classes(
     tops, below = steps * step, np.concatenate([[0], np.cumsum(counts[steps])])
     # A class that begins after the i-th and ends with the j-th distinct length holds inside[i, j] rows.
     inside = below[None, 1:] - below[:-1, None]
-    fewest = np.array([min(fewest_rows(int(top)), len(lengths)) for top in tops])
+    fewest = np.array([fewest_rows(int(top)) for top in tops[:-1]] + [1])
     costs = np.where(inside >= fewest, inside * tops.astype(float), np.inf)
     classes: Lengths = tops[cheapest_ends(costs, most)]
     return classes
