@@ -30,12 +30,14 @@ from mlx_trainer.data import DataPipeline, DataReport, render, report_on, show_e
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
 from mlx_trainer.monitoring import (
+    MonitoringError,
     make_folder,
     mask_secrets,
     setup_logging,
     stderr_console,
     write_atomic,
     write_environment,
+    write_report,
 )
 from mlx_trainer.run_folder import check_run_directory, run_directory
 from mlx_trainer.trainer import Trainer, TrainingResult
@@ -68,7 +70,18 @@ def train(config: Config) -> TrainingResult:
         resolved = evolve(config, run=evolve(config.run, directory=str(run_dir)))
         write_atomic(run_dir / "config.yaml", to_yaml(resolved))
         write_environment(run_dir, seed=config.data.seed, data=kept(report).as_dict())
-        return build_trainer(resolved, run_dir, evaluating=bool(data.validation_rows)).fit(module, data)
+        try:
+            return build_trainer(resolved, run_dir, evaluating=bool(data.validation_rows)).fit(module, data)
+        finally:
+            leave_report(run_dir)
+
+
+def leave_report(run_dir: Path) -> None:
+    """Write the run's report.html, however the run ended; that it cannot be written is told, and hides no error."""
+    try:
+        write_report(run_dir)
+    except MonitoringError as error:
+        log.warning("%s", error)
 
 
 def tell(report: DataReport) -> None:

@@ -13,6 +13,7 @@ from mlx_trainer.checkpoint import CheckpointError
 from mlx_trainer.config import Config, ConfigError, LoRAConfig, ModelConfig, load_config
 from mlx_trainer.config.keys import keys
 from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
+from mlx_trainer.trainer import Trainer, TrainingError
 from tests.tiny import tiny_mistral
 
 QUICK = {
@@ -214,18 +215,35 @@ def test_the_callbacks_of_a_run_without_held_out_rows() -> None:
 
 
 def test_a_run_leaves_a_complete_folder() -> None:
-    """Configuration, environment, metrics, TensorBoard files, checkpoints and adapter: all that the design names."""
+    """Configuration, environment, metrics, TensorBoard files, checkpoints, adapter and report, as the design says."""
     found = config(run__directory="runs/one", evaluation__sample_prompts=["dog"], evaluation__sample_tokens=2)
     result = build.train(found)
     folder = Path("runs/one")
     assert result.steps == 2
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter", "checkpoints", "config.yaml", "environment.json",
-        "logs", "metrics.jsonl", "samples.jsonl", "tensorboard",
+        "logs", "metrics.jsonl", "report.html", "samples.jsonl", "tensorboard",
     ]  # fmt: skip
     assert load_config(folder / "config.yaml") == found
     environment = json.loads((folder / "environment.json").read_text())
     assert (environment["seed"], environment["data"]["rows"], environment["data"]["train_rows"]) == (42, 8, 6)
+    assert "<h2>Data</h2>" in (folder / "report.html").read_text()
+
+
+def test_a_report_is_left_however_a_run_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that fails leaves its report too, and a report that cannot be written hides no error."""
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise TrainingError("the loss is not finite")
+
+    monkeypatch.setattr(Trainer, "fit", fail)
+    with pytest.raises(TrainingError, match="not finite"):
+        build.train(config(run__directory="runs/one"))
+    assert Path("runs/one/report.html").exists()
+    build.leave_report(tmp_path / "absent")
+    assert "there is no run folder" in caplog.text
 
 
 def test_the_first_rows_are_shown_before_training_and_kept(
