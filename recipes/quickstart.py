@@ -8,7 +8,6 @@
 """
 
 import argparse
-import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -36,13 +35,14 @@ from mlx_trainer import (
     SampleGenerator,
     TensorBoardLogger,
     Trainer,
+    runtime,
 )
 from mlx_trainer.build import build_data, build_module
 from mlx_trainer.checkpoint import write_directory
 from mlx_trainer.config import Config, DataConfig, ModelConfig, RunConfig, TrainingConfig, to_yaml
 from mlx_trainer.monitoring import read_json_lines, setup_logging, write_atomic, write_environment, write_report
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Part of the cache's key: raise it where the base would come out differently."""
 
 
@@ -242,10 +242,11 @@ def phase(title: str) -> Iterator[None]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-trainer"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="run folder (%(default)s)")
-    parser.add_argument("--cache", type=Path, default=cache, help="where the base model is kept (%(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=runtime.cache_directory(), help="where the base model is kept (%(default)s)"
+    )
     parser.add_argument("--small", action="store_true", help="seconds instead of minutes; learns next to nothing")
     return parser.parse_args(arguments)
 
