@@ -76,6 +76,11 @@ def backend() -> Backend:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def slow_exp() -> bool:
+    """Whether exponentials are the cost to save: on Linux CPUs, where MLX computes them one by one on one thread."""
+    return sys.platform == "linux" and backend() == "cpu"
+
+
 def exp(x: "mx.array") -> "mx.array":
     """Return e to the power of x, float32, exact to 2e-6 for x between -30 and 0.
 
@@ -83,9 +88,18 @@ def exp(x: "mx.array") -> "mx.array":
     """
     import mlx.core as mx
 
-    if sys.platform == "linux" and backend() == "cpu":
+    if slow_exp():
         return mx.power(2.0, x * LOG2_E)
     return mx.exp(x)
+
+
+def sigmoid(x: "mx.array") -> "mx.array":
+    """Return 1 / (1 + exp(-x)); in float32 by `exp` where that is quicker."""
+    import mlx.core as mx
+
+    if x.dtype == mx.float32 and slow_exp():
+        return 1 / (1 + exp(-x))
+    return mx.sigmoid(x)
 
 
 def dequantizing_wins(rows: int) -> bool:

@@ -10,7 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_trainer.models.attention import causal_attention
 from mlx_trainer.models.gather import take_rows
+from mlx_trainer.runtime import sigmoid
 
 LLAMAS = ("llama", "mistral")
 """Model types that mlx-lm builds with its Llama."""
@@ -45,7 +47,7 @@ def attention(layer: Any, x: mx.array, to_rows: Rearrange, to_positions: Rearran
     keys = layer.rope(heads(layer.k_proj(x), layer.n_kv_heads))
     values = heads(layer.v_proj(x), layer.n_kv_heads)
     # Rows are padded on the right, so that no token sees padding.
-    mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=layer.scale, mask="causal")
+    mixed = causal_attention(queries, keys, values, layer.scale)
     rows, _, length, _ = mixed.shape
     attended: mx.array = layer.o_proj(to_positions(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1)))
     return attended
@@ -60,13 +62,13 @@ def feed_forward(mlp: Any, x: mx.array) -> mx.array:
 @mx.custom_function
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`silu(gate) · up`; its gradient needs `gate` and `up` alone, so nothing between them is kept."""
-    return gate * mx.sigmoid(gate) * up
+    return gate * sigmoid(gate) * up
 
 
 @swiglu.vjp
 def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     gate, up = primals
-    gated = mx.sigmoid(gate)
+    gated = sigmoid(gate)
     silu = gate * gated
     return cotangent * up * (gated + silu * (1 - gated)), cotangent * silu
 
