@@ -115,9 +115,11 @@ def read_parts(path: Path, progress: Progress | None = None) -> Iterator[bytes]:
     with path.open("rb") as file:
         for part in intact_parts(path, file):
             yield part
-            if progress is not None and (position := file.tell()) > told:
+            if progress is not None and (position := file.tell()) >= told + CHUNK:
                 progress(position - told)
                 told = position
+        if progress is not None and (position := file.tell()) > told:
+            progress(position - told)
 
 
 def intact_parts(path: Path, file: BinaryIO) -> Iterator[bytes]:

@@ -7,8 +7,8 @@ from typing import BinaryIO, Protocol
 
 from mlx_trainer.data.samples.conversation import DataError
 
-CHUNK = 1 << 20
-"""Bytes that are read at once."""
+CHUNK = 1 << 10
+"""Bytes that are read at once: each of them can stand for 32,768, so that no file makes a part above 32 MB."""
 
 
 class Decompressor(Protocol):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_trainer.data.samples.conversation import DataError
-from mlx_trainer.data.sources.files import FileSource
+from mlx_trainer.data.sources.files import FileSource, read_parts
 from tests.data.conftest import WriteRows
 
 ROWS = [{"text": f"row {number}"} for number in range(2000)]
@@ -110,3 +110,17 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     assert source.name == "caf\\udce9.jsonl"
     assert (len(list(source.lines())), len(source.fingerprint())) == (1, 64)
     source.location.encode()
+
+
+def test_a_small_file_makes_no_large_part(tmp_path: Path) -> None:
+    """A compressed file of a few kilobytes that stands for hundreds of megabytes is read in parts of 32 MB at most."""
+    zstandard = pytest.importorskip("zstandard", reason="writing zstd before Python 3.14 takes the zstandard package")
+    for name, compressed in (
+        ("zst", zstandard.compress(bytes(200_000_000))),
+        ("gz", gzip.compress(bytes(200_000_000), compresslevel=1)),
+    ):
+        path = tmp_path / f"zeros.jsonl.{name}"
+        path.write_bytes(compressed)
+        sizes = [len(part) for part in read_parts(path)]
+        assert sum(sizes) == 200_000_000
+        assert max(sizes) <= 1 << 25
