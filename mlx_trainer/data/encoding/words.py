@@ -16,8 +16,8 @@ from typing import Any, Self
 from tokenizers import Tokenizer
 
 BLANK = "▁"
-WHOLE = "\0"
-"""Before a text that is not cut into words."""
+WHOLE = "\n"
+"""Before a text that is not cut into words: no word begins with a line end but the line end itself."""
 LONGEST = 32
 """Letters of the longest word that is kept."""
 MOST = 200_000
@@ -78,12 +78,12 @@ class WordTable:
         """Encode `words` in one batch. One behind a line end has no blank, so it is encoded behind a line end."""
         ids = encoded(self._backend, [self._as_text(word) for word in words])
         for word, found in zip(words, ids, strict=True):
-            self._ids[word] = found if word[0] in (" ", WHOLE) else found[len(self._line_end) :]
+            self._ids[word] = found if word[0] == " " or is_whole(word) else found[len(self._line_end) :]
         if " " in self._ids:
             self._ids[" "] = self._blank
 
     def _as_text(self, word: str) -> str:
-        if word[0] == WHOLE:
+        if is_whole(word):
             return word[1:]
         if word[0] == " ":
             return word[1:] if self._prepends else word
@@ -96,6 +96,11 @@ class WordTable:
         for word in words:
             if len(word) > LONGEST:
                 self._ids.pop(word, None)
+
+
+def is_whole(word: str) -> bool:
+    """Whether it is a text that was not cut."""
+    return word[0] == WHOLE and word != WHOLE
 
 
 def prepends_always(normalizer: Any, pre_tokenizer: Any) -> bool | None:

@@ -47,7 +47,27 @@ def test_equals_encoding_the_whole_text(always_prepend: bool, texts: list[str]) 
 
 @pytest.mark.parametrize("always_prepend", [False, True])
 @pytest.mark.parametrize(
-    "text", ["", " ", "  ", "a", " a", "  a", "a ", "a  ", "▁", " ▁", "▁a b", "a▁ b", "\n", "a\n b"]
+    "text",
+    [
+        "",
+        " ",
+        "  ",
+        "a",
+        " a",
+        "  a",
+        "a ",
+        "a  ",
+        "▁",
+        " ▁",
+        "▁a b",
+        "a▁ b",
+        "\n",
+        "\n\n",
+        "a\n b",
+        "\0",
+        "\n\0",
+        "\n▁",
+    ],
 )
 def test_equals_at_the_edges(always_prepend: bool, text: str) -> None:
     """Nothing, blanks alone, and letters that look like blanks."""
