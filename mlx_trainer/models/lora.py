@@ -39,6 +39,11 @@ class LoRALinear(nn.Module):
         return y + self.scale * (low @ self.lora_b.astype(x.dtype))
 
 
+def project(x: mx.array, *layers: nn.Module) -> tuple[mx.array, ...]:
+    """What each of `layers`, adapted or not, makes of the same `x`."""
+    return tuple(layer(x) for layer in layers)
+
+
 def dimensions(linear: Linear) -> tuple[int, int]:
     """Return (in, out) of a linear layer; a packed weight holds 32 / bits values in each number."""
     outputs, inputs = linear.weight.shape

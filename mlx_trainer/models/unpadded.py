@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_trainer.models.attention import causal_attention
 from mlx_trainer.models.gather import take_rows
+from mlx_trainer.models.lora import project
 from mlx_trainer.runtime import sigmoid
 
 LLAMAS = ("llama", "mistral")
@@ -30,10 +31,15 @@ def hidden_states(model: Any, batch: Any) -> mx.array:
     to_rows, to_positions = rearrangements(batch.grid, batch.cells)
     h = model.model.embed_tokens(batch.input_ids)
     for layer in model.model.layers:
-        h = h + attention(layer.self_attn, layer.input_layernorm(h), to_rows, to_positions)
-        h = h + feed_forward(layer.mlp, layer.post_attention_layernorm(h))
+        h = block(layer, h, to_rows, to_positions)
     states: mx.array = model.model.norm(h)
     return states
+
+
+def block(layer: Any, h: mx.array, to_rows: Rearrange, to_positions: Rearrange) -> mx.array:
+    """One layer of the model; `h` and the result are (positions, hidden)."""
+    h = h + attention(layer.self_attn, layer.input_layernorm(h), to_rows, to_positions)
+    return h + feed_forward(layer.mlp, layer.post_attention_layernorm(h))
 
 
 def attention(layer: Any, x: mx.array, to_rows: Rearrange, to_positions: Rearrange) -> mx.array:
@@ -43,19 +49,22 @@ def attention(layer: Any, x: mx.array, to_rows: Rearrange, to_positions: Rearran
         rows: mx.array = to_rows(projected)
         return rows.reshape(*rows.shape[:2], count, -1).transpose(0, 2, 1, 3)
 
-    queries = layer.rope(heads(layer.q_proj(x), layer.n_heads))
-    keys = layer.rope(heads(layer.k_proj(x), layer.n_kv_heads))
-    values = heads(layer.v_proj(x), layer.n_kv_heads)
+    queries, keys, values = project(x, layer.q_proj, layer.k_proj, layer.v_proj)
+    queries = layer.rope(heads(queries, layer.n_heads))
+    keys = layer.rope(heads(keys, layer.n_kv_heads))
+    values = heads(values, layer.n_kv_heads)
     # Rows are padded on the right, so that no token sees padding.
     mixed = causal_attention(queries, keys, values, layer.scale)
     rows, _, length, _ = mixed.shape
-    attended: mx.array = layer.o_proj(to_positions(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1)))
+    (attended,) = project(to_positions(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1)), layer.o_proj)
     return attended
 
 
 def feed_forward(mlp: Any, x: mx.array) -> mx.array:
     """`down(silu(gate(x)) · up(x))`."""
-    out: mx.array = mlp.down_proj(swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
+    gate, up = project(x, mlp.gate_proj, mlp.up_proj)
+    gated: mx.array = swiglu(gate, up)  # type: ignore[assignment]  # its stub says that it returns an object
+    (out,) = project(gated, mlp.down_proj)
     return out
 
 
