@@ -50,7 +50,7 @@ class LogInterval:
         metrics["perf/step_ms"] = 1000 * seconds / steps
         metrics |= {f"train/{name}_per_second": count / seconds for name, count in used.items()}
         if used.get("positions"):
-            metrics["perf/padding"] = 1 - used["tokens"] / used["positions"]
+            metrics["perf/padding"] = 1 - (used["tokens"] - used.get("shared_tokens", 0)) / used["positions"]
         records = tuple(_record(*each) for each in self._steps)
         self.__init__(counts)  # type: ignore[misc]
         return metrics, records

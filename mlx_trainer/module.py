@@ -70,7 +70,8 @@ class TrainerModule:
     def count(self, batch: Any) -> Mapping[str, int]:
         """Sizes of a batch known on the host, such as {"tokens": 700, "positions": 768}; each is logged per second.
 
-        From tokens and positions (what is computed, padding included) the share of padding is logged too.
+        From tokens, positions (what is computed, padding included) and shared_tokens (what is not computed again, if
+        there is any) the share of padding is logged too.
         """
         return {}
 

@@ -76,6 +76,7 @@ class Epoch:
 def speed(steps: int, seconds: float, counts: Mapping[str, int]) -> Speed:
     """The speed of `steps` steps that used `counts`."""
     tokens, positions = counts.get("tokens", 0), counts.get("positions", 0)
+    computed = tokens - counts.get("shared_tokens", 0)
     return Speed(
         steps=steps,
         seconds=seconds,
@@ -83,7 +84,7 @@ def speed(steps: int, seconds: float, counts: Mapping[str, int]) -> Speed:
         trained_tokens_per_s=counts.get("trained_tokens", 0) / seconds,
         positions_per_s=positions / seconds,
         rows_per_s=counts.get("rows", 0) / seconds,
-        padding_share=1 - tokens / positions if positions else 0.0,
+        padding_share=1 - computed / positions if positions else 0.0,
     )
 
 

@@ -20,15 +20,19 @@ TOLD_SHAPES = 16
 
 @frozen
 class UsedShape:
-    """A shape of batches: `rows` of `length` tokens each, of which `positions` are computed, in so many `batches`."""
+    """A shape of batches: `rows` of `length` tokens each, of which `positions` are computed, in so many `batches`.
+
+    With a `prefix`, each row has so many tokens more, which are computed once for several rows.
+    """
 
     rows: int
     length: int
     positions: int
     batches: int
+    prefix: int = 0
 
     def __str__(self) -> str:
-        return f"{self.rows}×{self.length}"
+        return f"{self.rows}×({self.prefix}+{self.length})" if self.prefix else f"{self.rows}×{self.length}"
 
 
 @frozen
@@ -36,8 +40,9 @@ class DataReport:
     """The counts of `summary`, and what they mean for training.
 
     `batches`, `shapes` (how many distinct ones, each compiled once), `used_shapes` (shortest first), `epoch_tokens` and
-    `epoch_positions` (tokens and padding) are those of the training batches of epoch 0; steps are optimizer steps,
-    `total_steps` those of the whole run. Unpadded batches have up to two shapes for each of the `used_shapes`.
+    `epoch_positions` (tokens and padding) are those of the training batches of epoch 0, `shared_tokens` the tokens that
+    are not computed again as several rows begin with them; steps are optimizer steps, `total_steps` those of the whole
+    run. Unpadded batches have up to two shapes for each of the `used_shapes`.
     """
 
     summary: DataSummary
@@ -49,6 +54,7 @@ class DataReport:
     steps_per_epoch: int
     total_steps: int
     layout: BatchLayout = "padded"
+    shared_tokens: int = 0
     examples: tuple[Example, ...] = ()
 
     @property
@@ -59,11 +65,11 @@ class DataReport:
     @property
     def padding_share(self) -> float:
         """Padding among all positions of an epoch, 0 to 1."""
-        return 1 - self.epoch_tokens / self.epoch_positions
+        return 1 - (self.epoch_tokens - self.shared_tokens) / self.epoch_positions
 
     @property
     def positions_per_token(self) -> float:
-        """Positions computed for each real token of an epoch; 1 is no padding."""
+        """Positions computed for each real token of an epoch; 1 is no padding, less where prefixes are shared."""
         return self.epoch_positions / self.epoch_tokens
 
     def lines(self) -> list[str]:
@@ -72,11 +78,13 @@ class DataReport:
 
     def epoch_lines(self) -> list[str]:
         """The figures that the summary has not, as text."""
+        shared = f"{self.shared_tokens / self.epoch_tokens:.1%} of the tokens stand in prefixes that rows share, "
         shapes = f"{self.shapes:,} {'shape, compiled once' if self.shapes == 1 else 'shapes, each compiled once'}"
         return [
             f"{self.trained_share:.1%} of the tokens are trained",
             f"batches per epoch: {self.batches:,}; {self.padding_share:.1%} padding, "
             f"{self.positions_per_token:.2f} positions computed per token",
+            *([f"{shared}and are not computed again"] if self.shared_tokens else []),
             f"{shapes}: {', '.join(told(self.used_shapes))} rows×tokens",
             f"optimizer steps: {self.steps_per_epoch:,} per epoch, {self.total_steps:,} in all",
         ]
@@ -91,6 +99,7 @@ class DataReport:
             "used_shapes": [asdict(shape) for shape in self.used_shapes],
             "padding_share": self.padding_share,
             "positions_per_token": self.positions_per_token,
+            "shared_tokens": self.shared_tokens,
             "steps_per_epoch": self.steps_per_epoch,
             "total_steps": self.total_steps,
         }
@@ -124,7 +133,7 @@ def report_on(
         batches=len(planned),
         shapes=loader.shapes,
         used_shapes=tuple(
-            UsedShape(shape.rows, shape.length, positions_of(shape, loader.layout), batches)
+            UsedShape(shape.rows, shape.length, positions_of(shape, loader.layout), batches, shape.prefix)
             for shape, batches in zip(planned.shapes, used, strict=True)
             if batches
         ),
@@ -133,6 +142,7 @@ def report_on(
         steps_per_epoch=steps,
         total_steps=epochs * steps if max_steps is None else min(epochs * steps, max_steps),
         layout=loader.layout,
+        shared_tokens=sum(planned.shared_tokens),
         examples=tuple(examples),
     )
 

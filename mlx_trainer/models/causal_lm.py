@@ -145,14 +145,18 @@ class CausalLMModule(TrainerModule):
         return build_optimizer(**self._optimization, total_steps=total_steps)  # type: ignore[arg-type]
 
     def count(self, batch: Any) -> Mapping[str, int]:
-        """Return the rows, real tokens and trained tokens of a batch, and the positions computed for them."""
+        """Return the rows, real tokens and trained tokens of a batch, and the positions computed for them.
+
+        Where rows share a prefix, also how many of the tokens were not computed again.
+        """
         data = batch.metadata
-        return {
+        counts = {
             "rows": len(data.rows),
             "tokens": data.tokens,
             "trained_tokens": data.trained_tokens,
             "positions": data.positions,
         }
+        return counts | ({"shared_tokens": data.shared_tokens} if data.shared_tokens else {})
 
     def generate(
         self,

@@ -1,8 +1,9 @@
 """The Llama family's forward over batches without padding: only attention sees rows, everything else sees tokens.
 
-Exact: nothing but the order of sums differs from the padded forward. An unpadded batch holds `input_ids` (positions,),
-`grid` (rows, length) and `cells` (positions,): `h[grid]` are the rows, and position i stands in cell `cells[i]`.
-Padding is computed and never used: its gradient is zero.
+Exact: nothing but the order of sums differs from the padded forward. An unpadded batch holds `input_ids` (positions,):
+first the `prefix` tokens of each of `groups`, which are computed once for all rows of the group, then the rows' own.
+`h[grid]` are the rows, (rows, length), and the i-th position of their own stands in cell `cells[i]`. Padding is
+computed and never used: its gradient is zero.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +19,9 @@ from mlx_trainer.runtime import sigmoid
 LLAMAS = ("llama", "mistral")
 """Model types that mlx-lm builds with its Llama."""
 
-Rearrange = Callable[[mx.array], Any]
+Rearrange = Callable[..., Any]
+Context = tuple[mx.array, mx.array]
+"""Keys and values."""
 
 
 def takes_unpadded(settings: Mapping[str, Any]) -> bool:
@@ -28,7 +31,7 @@ def takes_unpadded(settings: Mapping[str, Any]) -> bool:
 
 def hidden_states(model: Any, batch: Any) -> mx.array:
     """The last hidden states, (positions, hidden), of an unpadded batch."""
-    to_rows, to_positions = rearrangements(batch.grid, batch.cells)
+    to_rows, to_positions = rearrangements(batch)
     h = model.model.embed_tokens(batch.input_ids)
     for layer in model.model.layers:
         h = block(layer, h, to_rows, to_positions)
@@ -43,21 +46,37 @@ def block(layer: Any, h: mx.array, to_rows: Rearrange, to_positions: Rearrange) 
 
 
 def attention(layer: Any, x: mx.array, to_rows: Rearrange, to_positions: Rearrange) -> mx.array:
-    """Attention within each row; `x` and the result are (positions, hidden)."""
+    """Attention within each row and to its prefix; `x` and the result are (positions, hidden)."""
+    projected = map(to_rows, project(x, layer.q_proj, layer.k_proj, layer.v_proj))
+    before, mixed = None, []
+    for queries, keys, values in zip(*projected, strict=True):
+        rows, before = attend(layer, queries, keys, values, before)
+        mixed.append(rows)
+    (attended,) = project(to_positions(*mixed), layer.o_proj)
+    return attended
+
+
+def attend(
+    layer: Any, queries: mx.array, keys: mx.array, values: mx.array, before: Context | None
+) -> tuple[mx.array, Context]:
+    """Attention of rows (rows, length, d) to themselves and to what stands `before` them; and what they leave behind.
+
+    Keys and values of prefixes are (groups, heads, prefix, d), each for as many rows that follow each other.
+    """
+    (rows, length, _), offset = queries.shape, 0 if before is None else before[0].shape[2]
 
     def heads(projected: mx.array, count: int) -> mx.array:
-        rows: mx.array = to_rows(projected)
-        return rows.reshape(*rows.shape[:2], count, -1).transpose(0, 2, 1, 3)
+        return projected.reshape(rows, length, count, -1).transpose(0, 2, 1, 3)
 
-    queries, keys, values = project(x, layer.q_proj, layer.k_proj, layer.v_proj)
-    queries = layer.rope(heads(queries, layer.n_heads))
-    keys = layer.rope(heads(keys, layer.n_kv_heads))
-    values = heads(values, layer.n_kv_heads)
+    def behind(before: mx.array, own: mx.array) -> mx.array:
+        return mx.concatenate([mx.repeat(before, rows // len(before), axis=0), own], axis=2)
+
+    seen = layer.rope(heads(keys, layer.n_kv_heads), offset=offset), heads(values, layer.n_kv_heads)
+    if before is not None:
+        seen = behind(before[0], seen[0]), behind(before[1], seen[1])
     # Rows are padded on the right, so that no token sees padding.
-    mixed = causal_attention(queries, keys, values, layer.scale)
-    rows, _, length, _ = mixed.shape
-    (attended,) = project(to_positions(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1)), layer.o_proj)
-    return attended
+    mixed = causal_attention(layer.rope(heads(queries, layer.n_heads), offset=offset), *seen, layer.scale)
+    return mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1), seen
 
 
 def feed_forward(mlp: Any, x: mx.array) -> mx.array:
@@ -82,20 +101,24 @@ def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx
     return cotangent * up * (gated + silu * (1 - gated)), cotangent * silu
 
 
-def rearrangements(grid: mx.array, cells: mx.array) -> tuple[Rearrange, Rearrange]:
-    """Functions from (positions, d) to (rows, length, d) and back, each of which is the other's gradient.
+def rearrangements(batch: Any) -> tuple[Rearrange, Rearrange]:
+    """Functions from (positions, d) to rows (rows, length, d) and back, each of which is the other's gradient.
 
-    For each token has one cell, and what flows back into padding, and so into cells beyond a row's end, is zero.
+    For each token has one cell, and what flows back into padding, and so into cells beyond a row's end, is zero. Where
+    there are prefixes, they are the first rows, (groups, prefix, d), and the others the second.
     """
-    shape, flat = grid.shape, grid.reshape(-1)
+    flat, size, prefixes = batch.grid.reshape(-1), batch.grid.shape, (batch.groups, batch.prefix)
+    shared = batch.groups * batch.prefix
 
-    def to_cells(x: mx.array) -> mx.array:
-        return take_rows(x, flat).reshape(*shape, -1)
+    def spread(x: mx.array) -> tuple[mx.array, ...]:
+        own = take_rows(x, flat).reshape(*size, -1)
+        return (x[:shared].reshape(*prefixes, -1), own) if shared else (own,)
 
-    def from_cells(rows: mx.array) -> mx.array:
-        return take_rows(rows.reshape(flat.size, -1), cells)
+    def join(*rows: mx.array) -> mx.array:
+        own = take_rows(rows[-1].reshape(flat.size, -1), batch.cells)
+        return mx.concatenate([rows[0].reshape(shared, -1), own]) if shared else own
 
-    to_rows, to_positions = mx.custom_function(to_cells), mx.custom_function(from_cells)
-    to_rows.vjp(lambda x, cotangent, rows: from_cells(cotangent))
-    to_positions.vjp(lambda rows, cotangent, x: to_cells(cotangent))
+    to_rows, to_positions = mx.custom_function(spread), mx.custom_function(join)
+    to_rows.vjp(lambda x, cotangents, rows: join(*cotangents))
+    to_positions.vjp(lambda rows, cotangent, x: spread(cotangent))
     return to_rows, to_positions

@@ -33,11 +33,18 @@ _FIGURES: Mapping[str, Mapping[str, str]] = {
         "layout": "layout",
         "padding_share": "padding",
         "positions_per_token": "positions computed per token",
+        "shared_tokens": "tokens of shared prefixes, not computed again",
         "steps_per_epoch": "optimizer steps in an epoch",
         "total_steps": "optimizer steps in all",
     },
 }
-_SHAPE = {"rows": "rows", "length": "tokens each", "positions": "positions", "batches": "batches"}
+_SHAPE = {
+    "rows": "rows",
+    "prefix": "shared prefix",
+    "length": "tokens each",
+    "positions": "positions",
+    "batches": "batches",
+}
 _MARKS = {True: '<mark class="trained">', False: "<mark>", None: '<mark class="remark">'}
 
 

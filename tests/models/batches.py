@@ -15,6 +15,7 @@ class Sizes:
     tokens: int
     trained_tokens: int
     positions: int
+    shared_tokens: int = 0
 
 
 @frozen(eq=False)

@@ -5,7 +5,17 @@ from itertools import pairwise
 import numpy as np
 from attrs import evolve, frozen
 
-from mlx_trainer.data.batches.shapes import Budget, Integers, Lengths, Shape, length_classes, round_up
+from mlx_trainer.data.batches.shapes import (
+    LENGTH_STEP,
+    Budget,
+    Integers,
+    Lengths,
+    Shape,
+    grid_length,
+    length_classes,
+    round_up,
+)
+from mlx_trainer.data.batches.strata import Stratum
 
 TOKEN_STEP = 16
 """Unpadded batches have a multiple of this many positions."""
@@ -17,41 +27,47 @@ BATCHES_PER_CLASS = 4
 
 @frozen
 class LengthClass:
-    """Rows padded to one shape: those from `begin` to `end` of all rows sorted by length, and `carried` shorter ones.
+    """Units of rows for one shape: those from `begin` to `end` of all units sorted by size, and `carried` smaller ones.
 
-    They make `batches` full batches; `left` of them are left over, for the next class.
+    They make `batches` full batches of so many `units`; `left` of them are left over, for the next class. None is
+    larger than `top`.
     """
 
     begin: int
     end: int
     carried: int
+    units: int
     batches: int
     left: int
+    top: int
     shape: Shape
 
 
-def classes_of(lengths: Integers, budget: Budget, ranks: int) -> tuple[LengthClass, ...]:
-    """The classes of rows whose sorted `lengths` are given, shortest first."""
-    if len(lengths) == 0:
+def classes_of(stratum: Stratum, budget: Budget, ranks: int) -> tuple[LengthClass, ...]:
+    """The classes of the units of `stratum`, smallest first."""
+    sizes, longest = stratum.by_size()
+    if len(sizes) == 0:
         return ()
+    budget = stratum.budget_of(budget)
 
-    def rows_of(top: int) -> int:
-        return min(budget.rows_of(top), -(-len(lengths) // ranks))
+    def units_of(top: int) -> int:
+        return min(budget.rows_of(top), -(-len(sizes) // ranks))
 
-    most = most_classes(lengths, budget, ranks)
-    tops = length_classes(lengths, most, lambda top: ROUNDS_PER_CLASS * ranks * rows_of(top), budget.length_step)
-    edges = [0, *np.searchsorted(lengths, tops, side="right").tolist()]
+    most, step = most_classes(sizes, budget, ranks), budget.length_step if stratum.each == 1 else LENGTH_STEP
+    tops = length_classes(sizes, most, lambda top: ROUNDS_PER_CLASS * ranks * units_of(top), step)
+    edges = [0, *np.searchsorted(sizes, tops, side="right").tolist()]
     classes: list[LengthClass] = []
     for (begin, end), top in zip(pairwise(edges), tops.tolist(), strict=True):
-        carried, shorter = (classes[-1].left, classes[-1].shape.length) if classes else (0, 0)
-        # A carried row may be as long as its class allows; that is the longest that it can be in any epoch.
-        longest = np.concatenate([np.full(carried, shorter), lengths[begin:end]])
+        carried, smaller = (classes[-1].left, classes[-1].top) if classes else (0, 0)
+        # A carried unit may be as large as its class allows; that is the largest that it can be in any epoch.
+        largest = np.concatenate([np.full(carried, smaller), sizes[begin:end]])
         sharing = ranks if top == tops[-1] else 0
-        rows = fitting_rows(longest, budget, rows_of(top), ranks, sharing) if budget.unpadded else rows_of(top)
-        rounds, left = divmod(len(longest), rows * ranks)
-        padded, tokens = Shape(rows, top, rows * top), most_tokens(longest, rows, ranks, sharing)
-        shape = evolve(padded, tokens=whole_steps(tokens, padded))
-        classes.append(LengthClass(begin, end, carried, rounds * ranks, left, shape))
+        units = fitting_rows(largest, budget, units_of(top), ranks, sharing) if budget.unpadded else units_of(top)
+        rounds, left = divmod(len(largest), units * ranks)
+        length = top if stratum.each == 1 else grid_length(int(longest[end - 1]), budget.length_step)
+        room = stratum.shape(units, length)
+        shape = evolve(room, tokens=whole_steps(stratum.fixed + most_tokens(largest, units, ranks, sharing), room))
+        classes.append(LengthClass(begin, end, carried, units, rounds * ranks, left, top, shape))
     return tuple(classes)
 
 
@@ -92,4 +108,4 @@ def most_tokens(longest: Integers, rows: int, ranks: int, sharing: int) -> int:
 
 def whole_steps(tokens: int, shape: Shape) -> int:
     """Room for `tokens` and for one of padding, a multiple of `TOKEN_STEP`, unless `shape` has fewer positions."""
-    return min(round_up(tokens + 1, TOKEN_STEP), shape.rows * shape.length)
+    return min(round_up(tokens + 1, TOKEN_STEP), shape.cells)

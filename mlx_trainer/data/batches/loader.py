@@ -15,8 +15,9 @@ from mlx_trainer import runtime
 from mlx_trainer.data.batches.classes import TOKEN_STEP
 from mlx_trainer.data.batches.mixing import Mixture
 from mlx_trainer.data.batches.padded import Batch, collate
-from mlx_trainer.data.batches.plan import EpochPlan, Indices, PlannedBatch, plan, starts_of
+from mlx_trainer.data.batches.plan import EpochPlan, PlannedBatch, plan, starts_of
 from mlx_trainer.data.batches.shapes import Budget, Lengths, Shape, round_up
+from mlx_trainer.data.batches.strata import Indices, Stratum, plain, strata_of
 from mlx_trainer.data.batches.unpadded import UnpaddedBatch, collate_unpadded
 from mlx_trainer.data.samples.conversation import DataError
 from mlx_trainer.data.store.rows import Rows
@@ -86,7 +87,7 @@ class BatchLoader:
         """The batches of `epoch`, of all ranks, as arrays of places; `row_numbers` tells which rows stand there."""
         if self._planned is None or self._planned[0] != epoch:
             lengths = self._mixture.lengths
-            planned = plan(self.seed, epoch, lengths, self.budget, self.ranks, shuffle=self.shuffle)
+            planned = plan(self.seed, epoch, lengths, self.budget, self.ranks, shuffle=self.shuffle, strata=self.strata)
             self._planned = epoch, planned
         return self._planned[1]
 
@@ -127,6 +128,15 @@ class BatchLoader:
         sums = self._trained_tokens(planned)
         room = np.array([self.predictions[shape] for shape in planned.shapes])
         return len(set(zip(planned.classes.tolist(), (sums <= room[planned.classes]).tolist(), strict=True)))
+
+    @cached_property
+    def strata(self) -> tuple[Stratum, ...]:
+        """Which rows are planned together because they share a prefix; padded batches and a fixed order share none."""
+        mixture = self._mixture
+        if self.layout == "padded" or not self.shuffle:
+            return (plain(mixture.lengths),)
+        prefixes, families = mixture.common(self.rows.column("prefix"), self.rows.column("family"))
+        return strata_of(mixture.lengths, prefixes, families, self.budget, self.ranks)
 
     @cached_property
     def predictions(self) -> Mapping[Shape, int]:

@@ -43,6 +43,17 @@ class Mixture:
         begins, sizes = np.concatenate(first), np.concatenate(size)
         return cls(lengths[order[begins + sizes - 1]], order, begins, sizes)
 
+    def common(
+        self, prefixes: NDArray[np.integer], families: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.integer], NDArray[np.uint64]]:
+        """Prefix and family of each place: those of its rows where these have the same, else no prefix."""
+        if self._order is None or self._first is None or self._size is None:
+            return prefixes, families
+        ordered = families[self._order]
+        changes = np.concatenate([[0], np.cumsum(ordered[1:] != ordered[:-1])])
+        alike = changes[self._first] == changes[self._first + self._size - 1]
+        return np.where(alike, prefixes[self._order[self._first]], 0), ordered[self._first]
+
     def rows(self, seed: int, epoch: int, places: NDArray[np.integer]) -> NDArray[np.integer]:
         """The rows that stand in `places` in `epoch`."""
         if self._order is None or self._first is None or self._size is None:

@@ -17,19 +17,21 @@ IGNORED = -100
 class BatchMetadata:
     """Where the rows came from (`chats.jsonl:12`), how many tokens and trained tokens they hold.
 
-    `positions` are the tokens that the model's layers compute, padding included.
+    `positions` are the tokens that the model's layers compute, padding included; `shared_tokens` of the rows' tokens
+    are not computed again, since another row begins with them too.
     """
 
     rows: tuple[str, ...]
     tokens: int
     trained_tokens: int
     positions: int
+    shared_tokens: int = 0
 
     @classmethod
-    def of(cls, rows: Sequence[TokenRow], positions: int) -> "BatchMetadata":
+    def of(cls, rows: Sequence[TokenRow], positions: int, *, shared: int = 0) -> "BatchMetadata":
         """The metadata of a batch of `rows`."""
         tokens, trained = sum(map(len, rows)), sum(row.trained_tokens for row in rows)
-        return cls(tuple(row.source for row in rows), tokens, trained, positions)
+        return cls(tuple(row.source for row in rows), tokens, trained, positions, shared)
 
 
 @frozen(eq=False)

@@ -4,20 +4,18 @@ Rows are put into few classes of nearly equal length; a batch holds rows of one 
 classes. What is left of a class joins the next longer one, and what is left of the last makes the one short batch of
 the epoch. A class is dealt like cards: sorted by length, cut into as many piles as a batch has rows, each pile
 shuffled, and each batch takes one row of every pile. So all batches of a class hold nearly the same number of tokens,
-and what they hold at most is known for every epoch.
+and what they hold at most is known for every epoch. Rows that share a prefix are strata of their own (`strata.py`).
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple, overload
 
 import numpy as np
-from attrs import evolve, frozen
-from numpy.typing import NDArray
+from attrs import Factory, define, evolve, frozen
 
 from mlx_trainer.data.batches.classes import LengthClass, blocks_of, classes_of, whole_steps
 from mlx_trainer.data.batches.shapes import Budget, Integers, Lengths, Shape
-
-Indices = NDArray[np.integer]
+from mlx_trainer.data.batches.strata import Indices, Stratum, narrow, plain, share_shapes
 
 
 class PlannedBatch(NamedTuple):
@@ -52,31 +50,58 @@ class EpochPlan(Sequence[PlannedBatch]):
         i = range(len(self))[i]
         return PlannedBatch(self.order[self.starts[i] : self.starts[i + 1]], self.shapes[self.classes[i]])
 
+    @property
+    def shared_tokens(self) -> list[int]:
+        """Tokens of each batch that are not computed again, since another of its rows begins with them too."""
+        kinds, rows = self.classes.tolist(), np.diff(self.starts).tolist()
+        return [self.shapes[kind].shared_tokens(count) for kind, count in zip(kinds, rows, strict=True)]
+
 
 def plan(
-    seed: int, epoch: int, lengths: Integers, budget: Budget, ranks: int = 1, *, shuffle: bool = True
+    seed: int,
+    epoch: int,
+    lengths: Integers,
+    budget: Budget,
+    ranks: int = 1,
+    *,
+    shuffle: bool = True,
+    strata: Sequence[Stratum] = (),
 ) -> EpochPlan:
     """The batches of `epoch`: each row in exactly one, for any arguments, and nothing else decides.
 
     `lengths` are those of the rows, in tokens; without `shuffle` rows keep their order. The number of batches is a
     multiple of `ranks`, and where there are fewer rows than ranks, some are empty. How many batches there are of
-    which shape depends on neither seed nor epoch.
+    which shape depends on neither seed nor epoch. Rows of different `strata` do not meet where these are given.
     """
-    lengths = narrow(lengths)
-    classes = classes_of(np.sort(lengths, kind="stable"), budget, ranks)
     if not shuffle:
-        return in_order(lengths, [one.shape for one in classes], ranks)
-    random = generator(seed, epoch)
-    shuffled = random.permutation(len(lengths)).astype(np.int32 if len(lengths) < 2**31 else np.int64)
-    by_length = np.take(shuffled, np.argsort(lengths[shuffled], kind="stable"))
-    dealt, left = deal(random, by_length, classes)
-    return in_random_order(random, dealt, left, [one.shape for one in classes], ranks)
+        lengths = narrow(lengths)
+        return in_order(lengths, [one.shape for one in classes_of(plain(lengths), budget, ranks)], ranks)
+    strata = strata or [plain(lengths)]
+    random, dealt = generator(seed, epoch), Dealt()
+    for stratum, own in zip(strata, share_shapes(strata, budget), strict=True):
+        classes = classes_of(stratum, own, ranks)
+        shuffled = random.permutation(len(stratum.sizes)).astype(np.int32 if len(lengths) < 2**31 else np.int64)
+        by_size = np.take(shuffled, np.argsort(stratum.sizes[shuffled], kind="stable"))
+        dealt.add(stratum, classes, *deal(random, by_size, classes))
+    return in_random_order(random, dealt, ranks)
 
 
-def narrow(lengths: Integers) -> Integers:
-    """The same lengths in 16 bits where they fit, which numpy sorts several times as fast."""
-    lengths = np.asarray(lengths)
-    return lengths.astype(np.uint16) if lengths.max(initial=0) < 2**16 else lengths
+@define
+class Dealt:
+    """Batches of all strata, not yet in order."""
+
+    shapes: list[Shape] = Factory(list)
+    full: list[Indices] = Factory(list)
+    """For each shape its full batches, (batches, rows)."""
+    left: list[tuple[int, Stratum, Indices]] = Factory(list)
+    """A shape's number and the units that are left in the end, for each stratum that has some."""
+
+    def add(self, stratum: Stratum, classes: Sequence[LengthClass], batches: Sequence[Indices], left: Indices) -> None:
+        """Add what `deal` made of a stratum."""
+        self.shapes += [one.shape for one in classes]
+        self.full += map(stratum.rows, batches)
+        if len(left):
+            self.left.append((len(self.shapes) - 1, stratum, left))
 
 
 def generator(*words: int) -> np.random.Generator:
@@ -85,41 +110,39 @@ def generator(*words: int) -> np.random.Generator:
 
 
 def deal(
-    random: np.random.Generator, by_length: Indices, classes: Sequence[LengthClass]
+    random: np.random.Generator, by_size: Indices, classes: Sequence[LengthClass]
 ) -> tuple[list[Indices], Indices]:
-    """The full batches of each class, (batches, rows), and the rows that are left over in the end."""
+    """The full batches of each class, (batches, units), and the units that are left over in the end."""
     dealt: list[Indices] = []
-    left = by_length[:0]
+    left = by_size[:0]
     for one in classes:
-        rows = np.concatenate([left, by_length[one.begin : one.end]])
-        blocks = blocks_of(len(rows), one.left)
+        units = np.concatenate([left, by_size[one.begin : one.end]])
+        blocks = blocks_of(len(units), one.left)
         taken = random.integers(blocks[:-1], blocks[1:]) if one.left else blocks[:0]
-        left = rows[taken]
-        piles = np.delete(rows, taken).reshape(one.shape.rows, one.batches)
+        left = units[taken]
+        piles = np.delete(units, taken).reshape(one.units, one.batches)
         dealt.append(random.permuted(piles, axis=1).T)
     return dealt, left
 
 
-def in_random_order(
-    random: np.random.Generator, dealt: Sequence[Indices], left: Indices, shapes: Sequence[Shape], ranks: int
-) -> EpochPlan:
-    """The batches of all classes shuffled, `ranks` of one class at a time; at the end the rows that are `left`."""
-    kinds = np.repeat(np.arange(len(dealt), dtype=np.uint16), [len(batches) for batches in dealt])
+def in_random_order(random: np.random.Generator, dealt: Dealt, ranks: int) -> EpochPlan:
+    """The full batches shuffled, `ranks` of one shape at a time; at the end what is left of each stratum."""
+    kinds = np.repeat(np.arange(len(dealt.full), dtype=np.uint16), [len(batches) for batches in dealt.full])
     order = np.add.outer(random.permutation(len(kinds) // ranks) * ranks, np.arange(ranks)).reshape(-1)
-    last = [left[rank::ranks] for rank in range(ranks) if len(left)]
-    full = np.array([shape.rows for shape in shapes], np.int64)[kinds[order]]
+    last = [stratum.rows(left[rank::ranks]) for _, stratum, left in dealt.left for rank in range(ranks)]
+    last_kinds = np.repeat([kind for kind, _, _ in dealt.left], ranks)
+    full = np.array([shape.rows for shape in dealt.shapes], np.int64)[kinds[order]]
     starts = starts_of(np.concatenate([full, [*map(len, last)]]))
-    rows = np.empty(starts[-1], left.dtype)
+    rows = np.empty(starts[-1], np.result_type(np.int32, *dealt.full, *last))
     places = np.empty_like(order)
     places[order] = starts[: len(order)]
     before = 0
-    for batches in dealt:
+    for batches in dealt.full:
         here = places[before : before + len(batches)]
         rows[here[:, None] + np.arange(batches.shape[1])] = batches
         before += len(batches)
-    rows[starts[len(order)] :] = np.concatenate([left[:0], *last])
-    classes = np.concatenate([kinds[order], np.full(len(last), max(len(shapes) - 1, 0), np.uint16)])
-    return EpochPlan(rows, starts, classes, tuple(shapes))
+    rows[starts[len(order)] :] = np.concatenate([rows[:0], *last])
+    return EpochPlan(rows, starts, np.concatenate([kinds[order], last_kinds.astype(np.uint16)]), tuple(dealt.shapes))
 
 
 def in_order(lengths: Integers, shapes: Sequence[Shape], ranks: int) -> EpochPlan:

@@ -49,12 +49,34 @@ class Budget:
 class Shape:
     """The shape of a batch: `rows` of at most `length` tokens each, at most `tokens` of them all together.
 
-    A padded batch computes rows · length positions, an unpadded one `tokens`.
+    A padded batch computes rows · length positions, an unpadded one `tokens`. There the rows may begin with a common
+    `prefix` of so many tokens, one for each of `groups` of equally many rows; it counts once among the `tokens`, and
+    not in the `length`.
     """
 
     rows: int
     length: int
     tokens: int
+    prefix: int = 0
+    groups: int = 0
+
+    @property
+    def shared(self) -> int:
+        """Tokens of all prefixes together."""
+        return self.groups * self.prefix
+
+    def groups_of(self, rows: int) -> int:
+        """How many groups so many rows are, of which the last may be short."""
+        return -(-rows * self.groups // self.rows)
+
+    def shared_tokens(self, rows: int) -> int:
+        """Tokens of so many rows that are not computed again, since another row begins with them too."""
+        return self.prefix * (rows - self.groups_of(rows))
+
+    @property
+    def cells(self) -> int:
+        """Most tokens that a batch could have."""
+        return self.shared + self.rows * self.length
 
 
 def length_classes(
@@ -91,6 +113,11 @@ def in_coarse_steps(counts: NDArray[np.int64], coarse: int) -> NDArray[np.int64]
     for length in np.flatnonzero(counts).tolist():
         moved[length if 2 * length <= coarse else round_up(length, coarse)] += counts[length]
     return moved
+
+
+def grid_length(length: int, coarse: int) -> int:
+    """The multiple of `LENGTH_STEP`, above half of `coarse` of that, to which rows of `length` are padded."""
+    return round_up(length, LENGTH_STEP if 2 * length <= coarse else coarse)
 
 
 def round_up(number: int, step: int) -> int:

@@ -5,6 +5,7 @@ A store is a folder, complete or absent:
     ids.bin        the ids of all rows one behind the other, 2 bytes each where the vocabulary allows it, else 4
     trained.bin    a byte for each of them: whether it is trained
     rows.bin       a record for each row, `ROW`
+    prefixes.bin   a record for each row, `PREFIX`: with which other rows it begins alike
     notes.jsonl    the rows that were skipped, cut or dropped, each with its line and the reason
     store.json     what the store holds in all, written last
 
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from mlx_trainer.data.encoding.tokenizer import BoolArray, IntArray
 from mlx_trainer.data.samples.conversation import DataError
 
-FORMAT = 1
+FORMAT = 2
 FACTS = "store.json"
 NOTES = "notes.jsonl"
 READ_AT_ONCE = 32 << 20
@@ -39,7 +40,13 @@ ROW = np.dtype(
         ("length", "<i4"),  # in tokens
         ("trained", "<i4"),  # tokens of it that are trained
         ("part", "<i4"),  # from 1 where a row was split, else 0
-        ("reserved", "<i4"),
+        ("first", "<i4"),  # the position of the first trained token
+    ]
+)
+PREFIX = np.dtype(
+    [
+        ("family", "<u8"),  # equal for rows that begin alike
+        ("prefix", "<i4"),  # so many tokens that all rows of the family have in common, none of them trained; or 0
     ]
 )
 
@@ -106,6 +113,7 @@ class TokenStore:
     _rows: "MappedArray"
     _ids: "MappedArray"
     _trained: "MappedArray"
+    _prefixes: "MappedArray"
 
     @classmethod
     def open(cls, folder: Path, source: str) -> Self | None:
@@ -120,13 +128,14 @@ class TokenStore:
                 MappedArray.open(folder / "rows.bin", ROW, facts.rows),
                 MappedArray.open(folder / "ids.bin", ids, facts.tokens),
                 MappedArray.open(folder / "trained.bin", np.dtype(np.bool_), facts.tokens),
+                MappedArray.open(folder / "prefixes.bin", PREFIX, facts.rows),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def column(self, name: str) -> NDArray[Any]:
-        """A field of all rows, copied, (rows,)."""
-        return self._rows.field(name)
+        """A field of `ROW` or `PREFIX` of all rows, copied, (rows,)."""
+        return (self._prefixes if name in (PREFIX.names or ()) else self._rows).field(name)
 
     def row(self, index: int) -> TokenRow:
         """A row; raises DataError where it is not what was written, as an id too large would crash MLX."""
@@ -156,16 +165,17 @@ class MappedArray:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return cls(mapped, np.frombuffer(mapped, kind))
 
-    def copy(self, place: slice) -> NDArray[Any]:
-        """A copy of a slice."""
-        values = self._values[place].copy()
+    def copy(self, place: slice | NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of a slice, or of what stands at some places."""
+        values = self._values[place]
+        values = values.copy() if values.base is not None else values
         self._hand_back(values.nbytes)
         return values
 
     def field(self, name: str) -> NDArray[Any]:
         """A copy of a field of all records."""
         values = np.empty(len(self._values), self._values.dtype[name])
-        step = READ_AT_ONCE // self._values.itemsize
+        step = max(READ_AT_ONCE // self._values.itemsize, 1)
         for begin in range(0, len(values), step):
             records = self._values[begin : begin + step]
             values[begin : begin + step] = records[name]

@@ -16,8 +16,9 @@ from mlx_trainer.data.encoding.tokenizer import BoolArray, IntArray, Tokens
 from mlx_trainer.data.encoding.truncation import fit
 from mlx_trainer.data.samples.conversation import RowError, Sample
 from mlx_trainer.data.store.parsing import ParsedRow
+from mlx_trainer.data.store.prefixes import find_prefixes
 from mlx_trainer.data.store.recipe import Recipe
-from mlx_trainer.data.store.store import FACTS, NOTES, ROW, StoreFacts
+from mlx_trainer.data.store.store import FACTS, NOTES, ROW, MappedArray, StoreFacts
 
 TOLD = 10
 """So many rows of a kind are told one by one, the others as a count."""
@@ -81,6 +82,7 @@ class StoreWriter:
         for file in (self._ids, self._trained, self._rows, self._notes):
             file.flush()
             os.fsync(file.fileno())
+        self._write_prefixes()
         facts = StoreFacts(
             rows=self._count,
             total=self._total,
@@ -98,6 +100,16 @@ class StoreWriter:
             written.flush()
             os.fsync(written.fileno())
         return facts
+
+    def _write_prefixes(self) -> None:
+        rows = MappedArray.open(self.folder / "rows.bin", ROW, self._count)
+        ids = MappedArray.open(self.folder / "ids.bin", self._ids_type, self._tokens)
+        # What predicts the first trained token is computed for each row: the token before it is never shared.
+        found = find_prefixes(ids, rows.field("start"), rows.field("first") - 1)
+        with (self.folder / "prefixes.bin").open("wb") as written:
+            written.write(found.tobytes())
+            written.flush()
+            os.fsync(written.fileno())
 
     def _fit(self, sample: Sample, tokens: Tokens, row: ParsedRow) -> list[Tokens]:
         recipe = self.recipe
@@ -124,6 +136,8 @@ class StoreWriter:
         rows["start"] = self._tokens + edges[:-1]
         rows["length"], rows["line"], rows["number"], rows["part"] = lengths, lines, numbers, parts
         rows["trained"] = np.add.reduceat(trained, edges[:-1], dtype=np.int64)
+        places = np.append(np.flatnonzero(trained), len(trained))
+        rows["first"] = np.minimum(places[np.searchsorted(places, edges[:-1])] - edges[:-1], lengths)
         rows["digest"] = digests(ids, trained, edges.tolist())
         self._ids.write(ids.astype(self._ids_type).tobytes())
         self._trained.write(trained.tobytes())
