@@ -78,9 +78,10 @@ def test_figures_of_a_small_file(report: DataReport) -> None:
         "batches": 2,
         "layout": "padded",
         "shapes": 1,
-        "used_shapes": [{"rows": 2, "length": 48, "positions": 96, "batches": 2}],
+        "used_shapes": [{"rows": 2, "length": 48, "positions": 96, "batches": 2, "prefix": 0}],
         "padding_share": 1 - 103 / (4 * 48),
         "positions_per_token": 4 * 48 / 103,
+        "shared_tokens": 0,
         "steps_per_epoch": 1,
         "total_steps": 3,
     }

@@ -1,6 +1,8 @@
 """Rows that begin alike compute that prefix once: the loss and all gradients are those of the padded rows."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -9,16 +11,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_trainer import runtime
+from mlx_trainer import DataPipeline, Trainer, runtime
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.data.batches.shapes import Shape
 from mlx_trainer.data.batches.unpadded import collate_unpadded
+from mlx_trainer.data.report import report_on
 from mlx_trainer.data.samples.conversation import DataError
 from mlx_trainer.data.store.store import TokenRow
 from mlx_trainer.models import CausalLMModule
 from mlx_trainer.traced import from_tree, to_tree
 from tests.models.test_unpadded import LINEARS, compare, module_of
 from tests.tiny import tiny_mistral
+
+TURN = ("user", "assistant")
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +100,26 @@ def test_an_empty_batch_trains_nothing(module: CausalLMModule) -> None:
     batch = collate_unpadded([], Shape(4, 8, 40, prefix=8, groups=2), 5)
     assert batch.metadata.shared_tokens == 0
     assert mx.isfinite(module.training_loss(from_tree(to_tree(batch))).total).item()
+
+
+def test_a_run_shares_what_its_rows_share(tmp_path: Path) -> None:
+    """A system prompt is computed once a batch, without anybody asking; the loss is that of padded batches."""
+    tiny_mistral(tmp_path)
+    system = {"role": "system", "content": "the cat and the dog see a house " * 4}
+    lines = [
+        json.dumps({"messages": [system, *({"role": r, "content": "dog " * (1 + i % 5) + str(i)} for r in TURN)]})
+        for i in range(40)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    told = {}
+    for layout in ("padded", "auto"):
+        module = CausalLMModule(tmp_path, dtype="float32", lora=LoRAConfig(dropout=0.0))
+        data = DataPipeline(tmp_path / "chats.jsonl", module.tokenizer, batch_size=40, train_split=1.0, layout=layout)
+        told[layout] = Trainer(max_steps=1, log_every=1).fit(module, data), report_on(data)
+    (padded, _), (shared, report) = told["padded"], told["auto"]
+    assert shared.metrics["train/loss"] == pytest.approx(padded.metrics["train/loss"], rel=1e-5)
+    assert shared.counts["tokens"] == padded.counts["tokens"] == report.epoch_tokens
+    assert shared.counts["shared_tokens"] == report.shared_tokens > 0.5 * report.epoch_tokens
+    assert shared.counts["positions"] == report.epoch_positions < 0.5 * padded.counts["positions"]
+    assert 0 <= shared.metrics["perf/padding"] < 0.3
+    assert f"{report.shared_tokens / report.epoch_tokens:.1%} of the tokens" in "\n".join(report.lines())

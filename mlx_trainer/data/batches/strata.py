@@ -67,9 +67,9 @@ class Stratum:
 
     def rows(self, units: Indices) -> Indices:
         """The rows of some units, (…, units) in and (…, rows) out, unit by unit."""
-        return (
-            units if self.units is None else self.units[units].reshape(*units.shape[:-1], units.shape[-1] * self.each)
-        )
+        if self.units is None:
+            return units
+        return self.units[units].reshape(*units.shape[:-1], units.shape[-1] * self.each)
 
 
 def plain(lengths: Integers) -> Stratum:

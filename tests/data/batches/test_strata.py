@@ -91,7 +91,7 @@ def test_answers_to_one_prompt_stay_together() -> None:
     result = planned(0, 0, rows, Budget(rows=16, unpadded=True), 1)
     assert {(shape.groups, shape.rows) for shape in result.shapes if shape.prefix} == {(4, 16), (8, 16)}
     assert sum(result.shared_tokens) == 128 * (300 * 3 + 20)
-    assert sum(batch.shape.tokens for batch in result) < 0.5 * rows[0].sum()
+    assert sum(batch.shape.tokens for batch in result) < 1.03 * (rows[0].sum() - sum(result.shared_tokens))
 
 
 def test_epochs_group_a_family_differently() -> None:
