@@ -17,6 +17,10 @@ LEAST = 32
 """Shorter ones are not worth it."""
 TOGETHER = 16
 """What a prefix saves is judged for batches with so many rows of a family."""
+NEARLY_ALL = 0.9
+"""A longer prefix is taken where this share of a family has it in common,"""
+WORTH_A_SPLIT = 1.25
+"""or where it saves so many times as much."""
 ROWS_AT_ONCE = 1 << 16
 ODD = 0x9E3779B97F4A7C15
 WEIGHTS = np.cumprod(np.full(STEP, ODD, np.uint64), dtype=np.uint64)
@@ -25,10 +29,11 @@ WEIGHTS = np.cumprod(np.full(STEP, ODD, np.uint64), dtype=np.uint64)
 def find_prefixes(ids: MappedArray, starts: NDArray[np.int64], limits: NDArray[np.int32]) -> NDArray[np.void]:
     """A record of `PREFIX` for each row, (rows,); row i begins at `starts[i]`, and may share `limits[i]` tokens.
 
-    A row that begins with some tokens of many rows and with more tokens of few is of the family that saves more.
+    A row that begins with some tokens of many rows and with more tokens of few is of the family that saves more, and
+    of the larger one where that is hardly less: large families are dealt more freely.
     """
     found = np.zeros(len(starts), PREFIX)
-    saved = np.zeros(len(starts))
+    saved, members = np.zeros(len(starts)), np.zeros(len(starts))
     digests = np.zeros(len(starts), np.uint64)
     rows = np.arange(len(starts))
     for end in count(STEP, STEP):
@@ -40,8 +45,10 @@ def find_prefixes(ids: MappedArray, starts: NDArray[np.int64], limits: NDArray[n
         alike = counts[inverse]
         rows, alike = rows[alike > 1], alike[alike > 1]
         gain = end * (1 - 1 / np.minimum(alike, TOGETHER))
-        better = rows[(gain >= saved[rows]) & (end >= LEAST)]
-        saved[rows] = np.maximum(gain, saved[rows])
+        together, worth = alike >= NEARLY_ALL * members[rows], gain >= WORTH_A_SPLIT * saved[rows]
+        chosen = (end >= LEAST) & (gain >= saved[rows]) & (together | worth)
+        better = rows[chosen]
+        saved[better], members[better] = gain[chosen], alike[chosen]
         found["family"][better], found["prefix"][better] = digests[better], end
     raise AssertionError("unreachable: no row is endless")
 

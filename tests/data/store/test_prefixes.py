@@ -59,6 +59,15 @@ def test_what_saves_more_is_chosen() -> None:
     assert 64 * (1 - 1 / TOGETHER) < 160 / 2
 
 
+def test_large_families_stay_together() -> None:
+    """A few tokens more that half of a family has in common are not worth it; those that nearly all have are."""
+    system, common = tokens(0, 64), tokens(1, 16)
+    half = [system + (common if i % 2 else []) + tokens(10 + i, 40) for i in range(40)]
+    nearly = [system + (common if i else []) + tokens(10 + i, 40) for i in range(40)]
+    assert [prefix for _, prefix in found(half)] == [64] * 40
+    assert [prefix for _, prefix in found(nearly)] == [64] + [80] * 39
+
+
 def test_limits_bound_the_prefix() -> None:
     """Rows share no more than each of them may."""
     head = tokens(0, 100)
