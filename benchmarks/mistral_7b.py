@@ -2,13 +2,16 @@
 
     python benchmarks/mistral_7b.py mixed                 # chats of log-normal length; an NVIDIA GPU or a large Mac
     python benchmarks/mistral_7b.py full --targets all    # rows of 1,024 tokens, adapters on every linear layer
-    python benchmarks/mistral_7b.py mixed --bits 4        # a packed base
+    python benchmarks/mistral_7b.py full --bits 4         # a packed base
+    python benchmarks/mistral_7b.py prefix                # 16 rows an update: 512 tokens in common and 128 of their own
+    python benchmarks/mistral_7b.py system                # the mixed chats behind a system prompt of 400 tokens
     python benchmarks/mistral_7b.py mixed --layers 2 --hidden 64 --rows 64 --tokens 512 --dtype float32   # on a CPU
 
 The base is written to a folder in Hugging Face layout and loaded as any model; the rows are text chats. Each trainer
-runs in a process of its own, as its users run it, with CUDA kernels built anew: two epochs, of which the first is
-reported as cold and the second as warm, each the wall time of the whole call, tracing included. mlx-lm's batches have
-four rows and it accumulates over as many of them as make the same rows per update.
+runs in a process of its own, as its users run it: two epochs, of which the first is reported as cold and the second as
+warm, each the wall time of the whole call, tracing included. CUDA kernels are built anew for each, unless `--kernels`
+names a folder for them; `--base` keeps the base for another call. mlx-lm's batches have four rows and it accumulates
+over as many of them as make the same rows per update.
 """
 
 import argparse
@@ -26,6 +29,7 @@ import numpy as np
 SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
 MEAN_LENGTH, SIGMA = 264, 0.75  # a chat set's spread: median about 200
 LONGEST = 1536
+SYSTEM = {"prefix": 512, "system": 400}  # tokens in common
 PEER_BATCH = 4
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = {"qv": ["q_proj", "v_proj"], "all": ALL_LINEAR}
@@ -78,25 +82,29 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def write_chats(path: Path, arguments: argparse.Namespace) -> None:
-    """Chats whose token lengths are log-normal, or all alike; a third of each is the question."""
+    """Chats whose token lengths are log-normal, or all alike, behind a system prompt or none; a third is the question."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(MEAN_LENGTH) - SIGMA**2 / 2, SIGMA, arguments.rows), 16, LONGEST).astype(int)
-    if arguments.case == "full":
-        lengths[:] = 1024
+    if arguments.case in ("full", "prefix"):
+        lengths[:] = 1024 if arguments.case == "full" else 128
+    shared = SYSTEM.get(arguments.case, 0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz "))
     with path.open("w") as file:
         for length in lengths:
             text = "x" + "".join(rng.choice(letters, length - 7)) + "x"  # two blanks and four control tokens are added
             cut = max(length // 3, 1)
             messages = [{"role": "user", "content": text[:cut]}, {"role": "assistant", "content": text[cut:]}]
+            if shared:  # three tokens stand before it, and two line ends behind
+                messages.insert(0, {"role": "system", "content": "y" * (shared - 5)})
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
 def data_of(folder: Path, arguments: argparse.Namespace, tokenizer: Any) -> Any:
-    """The pipeline of a recipe with `batch_tokens`, or, of equal rows, four in a batch."""
+    """The pipeline of a recipe with `batch_tokens`, or, of equal rows, a number of them in a batch."""
     from mlx_trainer import DataPipeline
 
-    size: dict[str, Any] = {"batch_tokens": arguments.tokens} if arguments.case == "mixed" else {"batch_size": 4}
+    rows = {"full": 4, "prefix": 16}.get(arguments.case)
+    size: dict[str, Any] = {"batch_tokens": arguments.tokens} if rows is None else {"batch_size": rows}
     cache = folder / "cache"
     return DataPipeline(folder / "chats.jsonl", tokenizer, train_split=1.0, max_shapes=16, cache_dir=cache, **size)
 
@@ -195,14 +203,14 @@ def limit(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"matmul TFLOP/s": rate / 1e12, "limit, tokens/s": rate / (4 * parameters)}
 
 
-RUNS = {"ours": ours, "peer": peer, "limit": limit}
+RUNS = {"limit": limit, "ours": ours, "peer": peer}
 
 
-def run(name: str, folder: Path, arguments: list[str]) -> dict[str, Any]:
-    """Run one of `RUNS` in a process of its own, with kernels of its own."""
-    with tempfile.TemporaryDirectory() as kernels:
+def run(name: str, folder: Path, arguments: list[str], kernels: Path | None) -> dict[str, Any]:
+    """Run one of `RUNS` in a process of its own, with kernels of its own unless there is a folder for them."""
+    with tempfile.TemporaryDirectory() as new:
         command = [sys.executable, __file__, *arguments, "--run", name, "--folder", str(folder)]
-        environment = os.environ | {"MLX_PTX_CACHE_DIR": kernels}
+        environment = os.environ | {"MLX_PTX_CACHE_DIR": str(kernels or new)}
         finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     told: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     print(name, json.dumps(told), flush=True)
@@ -212,7 +220,7 @@ def run(name: str, folder: Path, arguments: list[str]) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("case", choices=["mixed", "full"])
+    parser.add_argument("case", choices=["mixed", "full", "prefix", "system"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=1024)
@@ -220,6 +228,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--targets", choices=list(TARGETS), default="qv")
     parser.add_argument("--bits", type=int, help="pack the base")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--only", choices=list(RUNS), nargs="+", default=list(RUNS))
+    parser.add_argument("--kernels", type=Path, help="keep CUDA kernels in this folder")
+    parser.add_argument("--base", type=Path, help="keep the base in this folder")
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -235,11 +246,16 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "base").mkdir()
-        write_base(folder / "base", arguments)
+        base = arguments.base or folder / "new"
+        (folder / "base").symlink_to(base.absolute())
+        if not (base / "config.json").exists():
+            base.mkdir(parents=True)
+            write_base(base, arguments)
         write_chats(folder / "chats.jsonl", arguments)
         mx.clear_cache()
-        told = {name: run(name, folder, sys.argv[1:]) for name in ("limit", "ours", "peer")}
+        told = {name: run(name, folder, sys.argv[1:], arguments.kernels) for name in arguments.only}
+    if {*told} != {*RUNS}:
+        return
     mine, other = told["ours"], told["peer"]
     print(f"\n{' '.join(sys.argv[1:])}, {mx.device_info().get('device_name', 'CPU')}\n")
     print("| | mlx_trainer | mlx_lm | ratio |\n|---|---|---|---|")

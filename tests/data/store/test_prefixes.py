@@ -61,11 +61,11 @@ def test_what_saves_more_is_chosen() -> None:
 
 def test_large_families_stay_together() -> None:
     """A few tokens more that half of a family has in common are not worth it; those that nearly all have are."""
-    system, common = tokens(0, 64), tokens(1, 16)
+    system, common = tokens(0, 96), tokens(1, 16)
     half = [system + (common if i % 2 else []) + tokens(10 + i, 40) for i in range(40)]
     nearly = [system + (common if i else []) + tokens(10 + i, 40) for i in range(40)]
-    assert [prefix for _, prefix in found(half)] == [64] * 40
-    assert [prefix for _, prefix in found(nearly)] == [64] + [80] * 39
+    assert [prefix for _, prefix in found(half)] == [96] * 40
+    assert [prefix for _, prefix in found(nearly)] == [96] + [112] * 39
 
 
 def test_limits_bound_the_prefix() -> None:

@@ -1,0 +1,169 @@
+"""Where the time of a step goes: the parts of a transformer block, each forward and backward alone, and the whole.
+
+    python benchmarks/block.py                                    # a Mistral-7B block in bfloat16, on an NVIDIA GPU
+    python benchmarks/block.py --hidden 256 --heads 4 --positions 1024 --rows 8 --length 128 --dtype float32    # a CPU
+
+Each part is the library's own function on random values, compiled; the whole is the block as `hidden_states` has it.
+What the parts' sum leaves of the whole is additions between them, and what MLX could not overlap or fuse.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.llama import Model, ModelArgs
+
+from mlx_trainer import runtime
+from mlx_trainer.config import LoRAConfig
+from mlx_trainer.models.head import head_loss
+from mlx_trainer.models.lora import inject_lora, project
+from mlx_trainer.models.unpadded import attend, block, rearrangements, swiglu
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {"none": [], "qv": ["q_proj", "v_proj"], "all": ALL_LINEAR}
+Part = tuple[str, Callable[..., Any], Sequence[mx.array]]
+
+
+def make_model(arguments: argparse.Namespace) -> Any:
+    """A model of one block with random weights, frozen, with the adapters that were asked for."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": arguments.hidden,
+        "num_hidden_layers": 1,
+        "intermediate_size": int(arguments.hidden * 3.5),
+        "num_attention_heads": arguments.heads,
+        "num_key_value_heads": arguments.heads // 4,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": arguments.vocabulary,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+    }
+    model = Model(ModelArgs.from_dict(config))
+    model.set_dtype(getattr(mx, arguments.dtype))
+    model.freeze()
+    if TARGETS[arguments.targets]:
+        inject_lora(model, LoRAConfig(rank=16, alpha=32, dropout=0.0, target_modules=TARGETS[arguments.targets]))
+    model.train()
+    mx.eval(model.parameters())
+    return model
+
+
+def make_batch(arguments: argparse.Namespace) -> Any:
+    """The arrays of an unpadded batch of rows that share the positions equally."""
+    each = min(arguments.positions // arguments.rows, arguments.length)
+    grid = np.full((arguments.rows, arguments.length), arguments.positions - 1, np.int32)
+    cells = np.full(arguments.positions, arguments.length - 1, np.int32)
+    for row in range(arguments.rows):
+        own = np.arange(row * each, (row + 1) * each)
+        grid[row, :each] = own
+        cells[own] = row * arguments.length + np.arange(each)
+    count = arguments.positions * 2 // 3  # trained, as in a chat set
+    predictions = np.full(arguments.positions, count, np.int32)
+    predictions[:count] = np.arange(count)
+    return SimpleNamespace(
+        grid=mx.array(grid),
+        cells=mx.array(cells),
+        prefix=0,
+        groups=0,
+        predicting=mx.arange(count + 1),
+        predictions=mx.array(predictions),
+        targets=mx.arange(count + 1) % arguments.vocabulary,
+    )
+
+
+def parts_of(model: Any, batch: Any, arguments: argparse.Namespace) -> list[Part]:
+    """The parts in the order of the block, then the block and the head."""
+    layer, dtype = model.model.layers[0], getattr(mx, arguments.dtype)
+    attention, mlp = layer.self_attn, layer.mlp
+    to_rows, to_positions = rearrangements(batch)
+
+    def values(*shape: int) -> mx.array:
+        return (mx.random.normal(shape) * 0.5).astype(dtype)
+
+    x, wide = values(arguments.positions, arguments.hidden), values(arguments.positions, int(arguments.hidden * 3.5))
+    narrow = values(arguments.positions, arguments.hidden // 4)
+    rows = [to_rows(value)[0] for value in (x, narrow, narrow)]
+
+    def within(*projected: mx.array) -> mx.array:
+        return attend(attention, *projected, None)[0]
+
+    return [
+        ("two norms", lambda x: layer.post_attention_layernorm(layer.input_layernorm(x)), [x]),
+        ("products q, k, v", lambda x: project(x, attention.q_proj, attention.k_proj, attention.v_proj), [x]),
+        ("rows for attention", lambda q, k, v: (to_rows(q)[0], to_rows(k)[0], to_rows(v)[0]), [x, narrow, narrow]),
+        ("attention with RoPE", within, rows),
+        ("positions again", to_positions, [rows[0]]),
+        ("product o", lambda x: project(x, attention.o_proj), [x]),
+        ("products gate, up", lambda x: project(x, mlp.gate_proj, mlp.up_proj), [x]),
+        ("SwiGLU", swiglu, [wide, values(*wide.shape)]),
+        ("product down", lambda x: project(x, mlp.down_proj), [wide]),
+        ("the block", lambda x: block(layer, x, to_rows, to_positions), [x]),
+        ("the head's loss", lambda x: head_loss(model, x, batch, arguments.vocabulary).total, [x]),
+    ]
+
+
+def seconds(model: Any, part: Part, rounds: int) -> float:
+    """The median time of a forward and a backward pass with respect to the inputs and the adapters."""
+    _, function, inputs = part
+    names, adapters = (
+        zip(*tree_flatten(model.trainable_parameters()), strict=True) if model.trainable_parameters() else ((), ())
+    )
+    frozen = model.parameters()
+
+    def called(*values: mx.array) -> list[mx.array]:
+        model.update(tree_unflatten(list(zip(names, values[len(inputs) :], strict=True))))
+        result = function(*values[: len(inputs)])
+        return list(result) if isinstance(result, (tuple, list)) else [result]
+
+    def both(*values: mx.array) -> list[mx.array]:
+        outputs = called(*values)
+        _, gradients = mx.vjp(called, list(values), [mx.ones_like(output) for output in outputs])
+        return gradients
+
+    compiled = mx.compile(both)
+    times = []
+    for _ in range(rounds + 3):
+        mx.synchronize()
+        start = time.perf_counter()
+        for _ in range(4):
+            mx.async_eval(compiled(*inputs, *adapters))
+        mx.synchronize()
+        times.append((time.perf_counter() - start) / 4)
+    model.update(frozen)
+    return float(np.median(times[3:]))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--vocabulary", type=int, default=32768)
+    parser.add_argument("--positions", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--length", type=int, default=384)
+    parser.add_argument("--targets", choices=list(TARGETS), default="qv")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    model, batch = make_model(arguments), make_batch(arguments)
+    hidden, positions = arguments.hidden, arguments.positions
+    operations = 4 * positions * hidden**2
+    work = {"products q, k, v": 1.5, "product o": 1, "products gate, up": 7, "product down": 3.5}
+    work |= {"the block": sum(work.values()), "the head's loss": arguments.vocabulary / hidden * 2 / 3}
+    print(f"{runtime.device_name()}, {arguments.dtype}, {positions:,} positions, adapters on {arguments.targets}\n")
+    print("| forward and backward | ms | share of the block | TFLOP/s of its frozen products |\n|---|---|---|---|")
+    times = {part[0]: seconds(model, part, arguments.rounds) for part in parts_of(model, batch, arguments)}
+    for name, taken in times.items():
+        rate = f"{work[name] * operations / taken / 1e12:.0f}" if name in work else ""
+        share = "" if name == "the head's loss" else f"{taken / times['the block']:.2f}"
+        print(f"| {name} | {1000 * taken:.3f} | {share} | {rate} |")
+
+
+if __name__ == "__main__":
+    main()
