@@ -82,7 +82,7 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def write_chats(path: Path, arguments: argparse.Namespace) -> None:
-    """Chats whose token lengths are log-normal, or all alike, behind a system prompt or none; a third is the question."""
+    """Chats of log-normal or equal token lengths, with a system prompt or none; a third is the question."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(MEAN_LENGTH) - SIGMA**2 / 2, SIGMA, arguments.rows), 16, LONGEST).astype(int)
     if arguments.case in ("full", "prefix"):
