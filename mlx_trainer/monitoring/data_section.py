@@ -82,8 +82,10 @@ def _figure(value: Any, key: str) -> str:
 
 
 def _shapes(shapes: Sequence[Any]) -> str:
-    rows = [[_figure(shape.get(key), key) for key in _SHAPE] for shape in shapes if isinstance(shape, Mapping)]
-    return f"<div><h3>Shapes</h3>{table(list(_SHAPE.values()), rows)}</div>" if rows else ""
+    shapes = [shape for shape in shapes if isinstance(shape, Mapping)]
+    columns = {key: name for key, name in _SHAPE.items() if any(shape.get(key) for shape in shapes)}
+    rows = [[_figure(shape.get(key), key) for key in columns] for shape in shapes]
+    return f"<div><h3>Shapes</h3>{table(list(columns.values()), rows)}</div>" if rows else ""
 
 
 def _warnings(sentences: Sequence[Any]) -> list[str]:

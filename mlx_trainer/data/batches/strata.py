@@ -18,7 +18,7 @@ from mlx_trainer.data.batches.shapes import Budget, Integers, Lengths, Shape
 Indices = NDArray[np.integer]
 
 WORTH_A_STRATUM = 0.01
-"""A stratum must save this share of all positions: it has shapes of its own, and a short batch in every epoch."""
+"""A stratum must save this share of all positions, and a batch more: it has shapes and a short batch of its own."""
 
 
 @frozen(eq=False)
@@ -93,14 +93,18 @@ def strata_of(
     nothing. The same for every epoch.
     """
     sharing = Sharing.of(lengths, prefixes, families)
-    worth = WORTH_A_STRATUM * float(lengths.sum(dtype=np.int64))
+    positions = float(lengths.sum(dtype=np.int64))
+    batch = budget.tokens or (budget.rows or 0) * positions / max(len(lengths), 1)
     strata: list[Stratum] = []
     while len(strata) < budget.max_shapes // 2:
-        saved, stratum = max(sharing.best_family(budget, ranks), sharing.best_units(budget), key=lambda found: found[0])
-        if saved < worth:
+        saved, make = max(sharing.best_family(budget, ranks), sharing.best_units(budget), key=lambda found: found[0])
+        stratum = make()
+        rows = stratum.rows(np.arange(len(stratum.sizes)))
+        others = np.count_nonzero(sharing.left) > len(rows)
+        if saved < WORTH_A_STRATUM * positions + (batch if others else 0):
             break
-        strata.append(stratum())
-        sharing.left[strata[-1].rows(np.arange(len(strata[-1].sizes)))] = False
+        strata.append(stratum)
+        sharing.left[rows] = False
     rest = np.flatnonzero(sharing.left)
     if not strata:
         return (plain(lengths),)
@@ -116,7 +120,7 @@ def share_shapes(strata: Sequence[Stratum], budget: Budget) -> list[Budget]:
 
 Found = tuple[float, Callable[[], Stratum]]
 """Positions that a stratum saves, and the stratum."""
-NOTHING: Found = 0.0, lambda: Stratum(np.empty(0, np.int64), np.empty(0, np.int64))
+NOTHING: Found = 0.0, lambda: plain(np.empty(0, np.int64))
 
 
 @frozen(eq=False)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_trainer.data.batches.loader import BatchLoader
@@ -44,6 +44,7 @@ def planned(seed: int, epoch: int, rows: Sharing, budget: Budget, ranks: int) ->
 
 
 @given(st.integers(0, 2**40), st.integers(0, 9), FAMILIES, st.integers(0, 40), BUDGETS, RANKS)
+@settings(deadline=None)
 def test_a_plan_of_rows_that_share(
     seed: int, epoch: int, drawn: list[tuple[int, int, int]], alone: int, budget: Budget, ranks: int
 ) -> None:
@@ -87,11 +88,11 @@ def test_a_system_prompt_is_computed_once_a_batch(budget: Budget) -> None:
 
 def test_answers_to_one_prompt_stay_together() -> None:
     """Of 300 prompts with four answers each, a batch computes each once, rounded down; of three, a pair."""
-    rows = sharing([(4, 160, 80)] * 300 + [(3, 160, 80)] * 20, 10)
+    rows = sharing([(4, 160, 80)] * 300 + [(3, 160, 80)] * 60, 10)
     result = planned(0, 0, rows, Budget(rows=16, unpadded=True), 1)
     assert {(shape.groups, shape.rows) for shape in result.shapes if shape.prefix} == {(4, 16), (8, 16)}
-    assert sum(result.shared_tokens) == 128 * (300 * 3 + 20)
-    assert sum(batch.shape.tokens for batch in result) < 1.03 * (rows[0].sum() - sum(result.shared_tokens))
+    assert sum(result.shared_tokens) == 128 * (300 * 3 + 60)
+    assert sum(batch.shape.tokens for batch in result) < 1.05 * (rows[0].sum() - sum(result.shared_tokens))
 
 
 def test_epochs_group_a_family_differently() -> None:
