@@ -51,7 +51,8 @@ def project(x: mx.array, *layers: nn.Module, keys: Sequence[mx.array | None] | N
     if not together:
         return tuple(layer(x) for layer in layers)
     keys = dropout_keys(*layers) if keys is None else keys
-    adapters = [adapter_of(layers[i], keys[i], x.shape) for i in together]
+    together.sort(key=lambda i: type(layers[i]) is not LoRALinear)  # the adapted ones first
+    adapters = [adapter_of(layers[i], keys[i], x.shape) for i in together if type(layers[i]) is LoRALinear]
     shared = dict(zip(together, products(x, [base_of(layers[i]) for i in together], adapters), strict=True))
     return tuple(shared[i] if i in shared else layer(x) for i, layer in enumerate(layers))
 
@@ -88,10 +89,8 @@ def dropout_of(layer: Any) -> float:
     return 1 - dropout._p_1 if dropout is not None and dropout.training else 0.0
 
 
-def adapter_of(layer: Any, key: mx.array | None, shape: Sequence[int]) -> Adapter | None:
+def adapter_of(layer: Any, key: mx.array | None, shape: Sequence[int]) -> Adapter:
     """The adapter of `layer`, with dropout drawn from `key` for an x of `shape`."""
-    if type(layer) is not LoRALinear:
-        return None
     if key is None:
         return Adapter(layer.lora_a, layer.lora_b, layer.scale)
     mask, share = kept(shape, dropout_of(layer), key)

@@ -12,8 +12,10 @@ product, and of the forward pass x and low alone are kept. With dropout an adapt
 """
 
 import math
+import operator
 from collections.abc import Sequence
-from itertools import accumulate
+from functools import reduce
+from itertools import accumulate, groupby, islice
 from typing import Any
 
 import mlx.core as mx
@@ -39,45 +41,52 @@ class Adapter:
     kept: mx.array | None = None
 
 
-def products(x: mx.array, linears: Sequence[nn.Module], adapters: Sequence[Adapter | None]) -> tuple[mx.array, ...]:
-    """What each of `linears`, all frozen, and the adapter beside it make of x (positions, in).
+def products(x: mx.array, linears: Sequence[nn.Module], adapters: Sequence[Adapter]) -> tuple[mx.array, ...]:
+    """What each of `linears`, all frozen, makes of x (positions, in); beside the first of them are the `adapters`.
 
-    Gradients flow to x and the adapters, to each in its own type. Sums are rounded once where separate layers would
-    round each term; else the numbers are the same.
+    Gradients flow to x and the adapters, to each in its own type. But for the order of sums, and fewer roundings, the
+    numbers are those of separate layers.
     """
-    at = [i for i, adapter in enumerate(adapters) if adapter is not None]
-    present = [adapter for adapter in adapters if adapter is not None]
-    groups = sharing(present)
+    groups = sharing(adapters)
+    masks = [group[0].kept for group in groups]
+    ends = [list(accumulate(adapter.a.shape[1] for adapter in group))[:-1] for group in groups]
+
+    def each(lows: Sequence[mx.array]) -> list[mx.array]:
+        return [low for together, at in zip(lows, ends, strict=True) for low in mx.split(together, at, axis=1)]
 
     @mx.custom_function
     def forward(x: mx.array, a: list[mx.array], b: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
-        outputs = [linear(x) for linear in linears]
-        lows: list[Any] = [None] * len(present)
-        for group in groups:
-            seen, beside = dropped(x, present[group[0]].kept), side_by_side(a, group, x.dtype)
-            for i, low in zip(group, apart(seen @ beside, a, group), strict=True):
-                lows[i] = low
-                outputs[at[i]] = mx.addmm(outputs[at[i]], low, scaled(b[i], present[i].scale, x.dtype))
-        return outputs, lows
+        lows = [dropped(x, kept) @ together for together, kept in zip(a, masks, strict=True)]
+        adapted = [with_adapter(linear, x, *parts) for linear, *parts in zip(linears, each(lows), b, strict=False)]
+        return adapted + [linear(x) for linear in linears[len(b) :]], lows
 
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         (x, a, b), (dys, _), (_, lows) = primals, cotangents, outputs
-        dx: Any = None
-        da, db = list(a), list(b)
-        for group in groups:
-            kept, beside = present[group[0]].kept, side_by_side(a, group, x.dtype)
-            g = mx.concatenate([dys[at[i]] @ scaled(b[i], present[i].scale, x.dtype).T for i in group], axis=1)
-            dx = plus(dx, dropped(g @ beside.T, kept))
-            for i, gradient in zip(group, apart(dropped(x, kept).T @ g, a, group), strict=True):
-                da[i] = gradient.astype(a[i].dtype)
-                db[i] = (lows[i].T @ dys[at[i]]).astype(b[i].dtype) * present[i].scale
+        dlows = iter([dy @ up.T for dy, up in zip(dys, b, strict=False)])
+        g = [mx.concatenate(list(islice(dlows, len(group))), axis=1) for group in groups]
+        da = [dropped(x, kept).T @ dlow for dlow, kept in zip(g, masks, strict=True)]
+        db = [low.T @ dy for low, dy in zip(each(lows), dys, strict=False)]
+        terms = [dropped(dlow @ together.T, kept) for dlow, together, kept in zip(g, a, masks, strict=True)]
+        dx: Any = reduce(operator.add, terms) if terms else None
         for linear, dy in zip(linears, dys, strict=True):
             dx = back_through(linear, dx, dy, x)
         return dx.astype(x.dtype), da, db
 
-    outputs: Any = forward(x, [adapter.a for adapter in present], [adapter.b for adapter in present])
+    a = [mx.concatenate([adapter.a for adapter in group], axis=1).astype(x.dtype) for group in groups]
+    b = [(adapter.scale * adapter.b).astype(x.dtype) for adapter in adapters]
+    outputs: Any = forward(x, a, b)
     return tuple(outputs[0])
+
+
+def sharing(adapters: Sequence[Adapter]) -> list[list[Adapter]]:
+    """Those that follow each other and see the same x, which those without dropout do, in one group."""
+    return [list(group) for _, group in groupby(adapters, lambda adapter: id(adapter.kept))]
+
+
+def with_adapter(linear: Any, x: mx.array, low: mx.array, b: mx.array) -> mx.array:
+    """`linear(x) + low @ b`."""
+    return mx.addmm(linear(x), low, b)
 
 
 def back_through(linear: Any, dx: mx.array | None, dy: mx.array, x: mx.array) -> mx.array:
@@ -87,42 +96,14 @@ def back_through(linear: Any, dx: mx.array | None, dy: mx.array, x: mx.array) ->
     elif type(linear) is QuantizedLinear and dequantizing_wins(dy):
         weight = dequantized(linear, result_type(x, linear), dy if dx is None else dx)
     else:
-        return plus(dx, mx.vjp(linear, [x], [dy])[1][0])  # its product with x is never computed
+        term: mx.array = mx.vjp(linear, [x], [dy])[1][0]  # its product with x is never computed
+        return term if dx is None else dx + term
     return dy @ weight if dx is None else mx.addmm(dx, dy, weight)
-
-
-def sharing(adapters: Sequence[Adapter]) -> list[list[int]]:
-    """Which of `adapters` see the same x: those without dropout together, each of the others alone."""
-    together = [i for i, adapter in enumerate(adapters) if adapter.kept is None]
-    alone = [[i] for i, adapter in enumerate(adapters) if adapter.kept is not None]
-    return [together, *alone] if together else alone
-
-
-def side_by_side(a: Sequence[mx.array], group: Sequence[int], dtype: mx.Dtype) -> mx.array:
-    """The adapters' `a` of a group as one matrix, (in, ranks)."""
-    return mx.concatenate([a[i].astype(dtype) for i in group], axis=1)
-
-
-def apart(columns: mx.array, a: Sequence[mx.array], group: Sequence[int]) -> list[mx.array]:
-    """The columns of each adapter of a group."""
-    ends = list(accumulate(a[i].shape[1] for i in group))
-    parts: Any = mx.split(columns, ends[:-1], axis=1)  # its stub says that it returns an array
-    return list(parts)
-
-
-def scaled(b: mx.array, scale: float, dtype: mx.Dtype) -> mx.array:
-    """`scale * b`, rounded once."""
-    return (scale * b).astype(dtype)
 
 
 def dropped(x: mx.array, kept: mx.array | None) -> mx.array:
     """`x` where it is kept, else 0."""
     return x if kept is None else mx.where(kept, x, 0)
-
-
-def plus(total: mx.array | None, term: mx.array) -> mx.array:
-    """A sum that starts with its first term."""
-    return term if total is None else total + term
 
 
 def kept(shape: Sequence[int], dropout: float, key: mx.array) -> tuple[mx.array, float]:
