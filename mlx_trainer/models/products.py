@@ -65,7 +65,8 @@ def products(x: mx.array, linears: Sequence[nn.Module], adapters: Sequence[Adapt
         (x, a, b), (dys, _), (_, lows) = primals, cotangents, outputs
         dlows = iter([dy @ up.T for dy, up in zip(dys, b, strict=False)])
         g = [mx.concatenate(list(islice(dlows, len(group))), axis=1) for group in groups]
-        da = [dropped(x, kept).T @ dlow for dlow, kept in zip(g, masks, strict=True)]
+        # Without the dependency `mx.compile` would keep each dropped x of the forward pass: it merges what is equal.
+        da = [dropped(mx.depends(x, dlow), kept).T @ dlow for dlow, kept in zip(g, masks, strict=True)]
         db = [low.T @ dy for low, dy in zip(each(lows), dys, strict=False)]
         terms = [dropped(dlow @ together.T, kept) for dlow, together, kept in zip(g, a, masks, strict=True)]
         dx: Any = reduce(operator.add, terms) if terms else None
