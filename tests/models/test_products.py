@@ -220,6 +220,10 @@ def test_16_bit_activations(dtype: mx.Dtype) -> None:
     for got, theirs, ideal in zip(ours, plain, exact, strict=True):
         error, separate = (mx.abs(value.astype(mx.float32) - ideal).max().item() for value in (got, theirs))
         assert 0 < error <= 1.5 * separate + mx.finfo(dtype).eps * mx.abs(ideal).max().item()
+    layers[0].dropout = nn.Dropout(0.3)
+    layers[0].linear.set_dtype(dtype)
+    some = together(x, layers[:1], None, cotangents[:1])
+    assert [array.dtype for array in some] == [dtype] * 2 + [mx.float32] * 2
 
 
 class Doubling(LoRALinear):
