@@ -199,7 +199,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--targets", choices=sorted(TARGETS), default="all")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--bits", type=int, help="a packed base")
+    parser.add_argument("--bits", type=int, help="a packed base; --hidden is then a multiple of 128")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeat", type=int, default=2, help="calls dispatched at once")
     return parser.parse_args()
