@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,7 +10,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.quantized import dequantize_at_use
+from mlx_trainer.models.products import Adapter, kept, products
+from mlx_trainer.models.quantized import QuantizedLinear, dequantize_at_use
 
 Linear = nn.Linear | nn.QuantizedLinear
 ADAPTER_NAMES = ("lora_a", "lora_b")
@@ -39,9 +41,60 @@ class LoRALinear(nn.Module):
         return y + self.scale * (low @ self.lora_b.astype(x.dtype))
 
 
-def project(x: mx.array, *layers: nn.Module) -> tuple[mx.array, ...]:
-    """What each of `layers`, adapted or not, makes of the same `x`."""
-    return tuple(layer(x) for layer in layers)
+def project(x: mx.array, *layers: nn.Module, keys: Sequence[mx.array | None] | None = None) -> tuple[mx.array, ...]:
+    """What each of `layers`, adapted or not, makes of the same `x` (positions, in).
+
+    Frozen linear layers and `LoRALinear`s on them are computed together (`products.py`), any other on its own. With
+    the `keys` of `dropout_keys`, their dropout is the same each time; without, the keys are drawn here.
+    """
+    together = [i for i, layer in enumerate(layers) if shares_input(layer)]
+    if not together:
+        return tuple(layer(x) for layer in layers)
+    keys = dropout_keys(*layers) if keys is None else keys
+    together.sort(key=lambda i: type(layers[i]) is not LoRALinear)  # the adapted ones first
+    adapters = [adapter_of(layers[i], keys[i], x.shape) for i in together if type(layers[i]) is LoRALinear]
+    shared = dict(zip(together, products(x, [base_of(layers[i]) for i in together], adapters), strict=True))
+    return tuple(shared[i] if i in shared else layer(x) for i, layer in enumerate(layers))
+
+
+def dropout_keys(*layers: nn.Module) -> tuple[mx.array | None, ...]:
+    """A key, (2,) of uint32, for each layer whose dropout `project` draws; None for one that drops nothing now.
+
+    They come from MLX's random state, which stays as it is where all are None. A layer that `project` computes on its
+    own draws for itself, and has None.
+    """
+    dropping = [shares_input(layer) and dropout_of(layer) > 0 for layer in layers]
+    if not any(dropping):
+        return (None,) * len(layers)
+    drawn = mx.random.randint(0, 1 << 32, (len(layers), 2), dtype=mx.uint32)
+    return tuple(key if drops else None for key, drops in zip(drawn, dropping, strict=True))
+
+
+def shares_input(layer: nn.Module) -> bool:
+    """Whether `project` knows what `layer` computes, by its exact class, and its weight is frozen."""
+    base: Any = base_of(layer)
+    known = type(base) in (nn.Linear, nn.QuantizedLinear, QuantizedLinear)
+    plain_dropout = base is layer or type(layer.dropout) is nn.Dropout
+    return known and plain_dropout and not tree_flatten(base.trainable_parameters())
+
+
+def base_of(layer: Any) -> nn.Module:
+    """The layer below an adapter of exactly our class, else the layer itself."""
+    return layer.linear if type(layer) is LoRALinear else layer
+
+
+def dropout_of(layer: Any) -> float:
+    """The chance that `layer` drops an element of x now: 0 in eval mode and without an adapter."""
+    dropout = layer.dropout if type(layer) is LoRALinear else None
+    return 1 - dropout._p_1 if dropout is not None and dropout.training else 0.0
+
+
+def adapter_of(layer: Any, key: mx.array | None, shape: Sequence[int]) -> Adapter:
+    """The adapter of `layer`, with dropout drawn from `key` for an x of `shape`."""
+    if key is None:
+        return Adapter(layer.lora_a, layer.lora_b, layer.scale)
+    mask, share = kept(shape, dropout_of(layer), key)
+    return Adapter(layer.lora_a, layer.lora_b, layer.scale / share, mask)
 
 
 def dimensions(linear: Linear) -> tuple[int, int]:

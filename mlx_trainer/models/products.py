@@ -1,0 +1,119 @@
+"""Products of one x with several frozen weights, some with a LoRA adapter: one function with a gradient of its own.
+
+With y, dy and W of layer i, its adapter a, b already scaled, and x, dx (positions, in):
+
+    low = x @ a     y = x @ Wᵀ + low @ b
+    g = dy @ bᵀ     dx = Σᵢ (g @ aᵀ + dy @ W)     da = xᵀ @ g     db = lowᵀ @ dy
+
+An adapter is few FLOPs on large arrays: what it costs is how often x, y and their gradients pass through memory. The
+adapters that see the same x share its products (a's side by side), every sum but the first term of dx is made inside a
+product, and of the forward pass x and low alone are kept. With dropout an adapter sees an x of its own,
+`where(kept, x, 0)`, and a boolean for each element is kept too.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate, groupby, islice
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from attrs import frozen
+
+from mlx_trainer.models.quantized import QuantizedLinear, dequantized, dequantizing_wins, result_type
+
+DROPOUT_STEPS = 1 << 16
+"""Dropout spends 16 random bits on an element: half the time of `mx.random.bernoulli`, which spends 32."""
+
+
+@frozen(eq=False)
+class Adapter:
+    """What adds `scale * (x @ a) @ b` to a layer's output, a (in, rank), b (rank, out).
+
+    `kept` (positions, in) is what dropout leaves of x, and `scale` then makes up for the rest; None drops nothing.
+    """
+
+    a: mx.array
+    b: mx.array
+    scale: float
+    kept: mx.array | None = None
+
+
+def products(x: mx.array, linears: Sequence[nn.Module], adapters: Sequence[Adapter]) -> tuple[mx.array, ...]:
+    """What each of `linears`, all frozen, makes of x (positions, in); beside the first of them are the `adapters`.
+
+    Gradients flow to x and the adapters, to each in its own type. But for the order of sums, and fewer roundings, the
+    numbers are those of separate layers.
+    """
+    groups = sharing(adapters)
+    masks = [group[0].kept for group in groups]
+    ends = [list(accumulate(adapter.a.shape[1] for adapter in group))[:-1] for group in groups]
+
+    def each(lows: Sequence[mx.array]) -> list[mx.array]:
+        return [low for together, at in zip(lows, ends, strict=True) for low in mx.split(together, at, axis=1)]
+
+    @mx.custom_function
+    def forward(x: mx.array, a: list[mx.array], b: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+        lows = [dropped(x, kept) @ together for together, kept in zip(a, masks, strict=True)]
+        adapted = [with_adapter(linear, x, *parts) for linear, *parts in zip(linears, each(lows), b, strict=False)]
+        return adapted + [linear(x) for linear in linears[len(b) :]], lows
+
+    @forward.vjp
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        (x, a, b), (dys, _), (_, lows) = primals, cotangents, outputs
+        dlows = iter([dy @ up.T for dy, up in zip(dys, b, strict=False)])
+        g = [mx.concatenate(list(islice(dlows, len(group))), axis=1) for group in groups]
+        # Without the dependency `mx.compile` would keep each dropped x of the forward pass: it merges what is equal.
+        da = [dropped(mx.depends(x, dlow), kept).T @ dlow for dlow, kept in zip(g, masks, strict=True)]
+        db = [low.T @ dy for low, dy in zip(each(lows), dys, strict=False)]
+        terms = [dropped(dlow @ together.T, kept) for dlow, together, kept in zip(g, a, masks, strict=True)]
+        dx: Any = reduce(operator.add, terms) if terms else None
+        for linear, dy in zip(linears, dys, strict=True):
+            dx = back_through(linear, dx, dy, x)
+        return dx.astype(x.dtype), da, db
+
+    a = [mx.concatenate([adapter.a for adapter in group], axis=1).astype(x.dtype) for group in groups]
+    b = [(adapter.scale * adapter.b).astype(x.dtype) for adapter in adapters]
+    outputs: Any = forward(x, a, b)
+    return tuple(outputs[0])
+
+
+def sharing(adapters: Sequence[Adapter]) -> list[list[Adapter]]:
+    """Those that follow each other and see the same x, which those without dropout do, in one group."""
+    return [list(group) for _, group in groupby(adapters, lambda adapter: id(adapter.kept))]
+
+
+def with_adapter(linear: Any, x: mx.array, low: mx.array, b: mx.array) -> mx.array:
+    """`linear(x) + low @ b`."""
+    return mx.addmm(linear(x), low, b)
+
+
+def back_through(linear: Any, dx: mx.array | None, dy: mx.array, x: mx.array) -> mx.array:
+    """`dx + dy @ W`; a packed weight is dequantized when `dx` is there, so that one dense weight stands at a time."""
+    if type(linear) is nn.Linear:
+        weight = linear.weight
+    elif type(linear) is QuantizedLinear and dequantizing_wins(dy):
+        weight = dequantized(linear, result_type(x, linear), dy if dx is None else dx)
+    else:
+        term: mx.array = mx.vjp(linear, [x], [dy])[1][0]  # its product with x is never computed
+        return term if dx is None else dx + term
+    return dy @ weight if dx is None else mx.addmm(dx, dy, weight)
+
+
+def dropped(x: mx.array, kept: mx.array | None) -> mx.array:
+    """`x` where it is kept, else 0."""
+    return x if kept is None else mx.where(kept, x, 0)
+
+
+def kept(shape: Sequence[int], dropout: float, key: mx.array) -> tuple[mx.array, float]:
+    """Which elements dropout leaves, booleans of `shape`, and their share, 1 - dropout rounded to 1 / 65,536.
+
+    A function of `key`, (2,) of uint32, alone: drawn again for a recomputed forward pass, it is the same.
+    """
+    threshold = min(round(dropout * DROPOUT_STEPS), DROPOUT_STEPS - 1)
+    size = math.prod(shape)
+    words = mx.random.split(key, -(-size // 4))  # rows of two uint32: MLX's random bits as they are
+    bits = words.view(mx.uint16).reshape(-1)[:size].reshape(*shape)
+    return bits >= threshold, 1 - threshold / DROPOUT_STEPS
