@@ -98,8 +98,9 @@ class Saves:
 
     A save in the background reads arrays that may still be under way when it is added. They are handed to the thread
     only once they are there: that an array is there is noted in the array itself, without a lock (mlx 0.32,
-    `array::wait`), so two threads must not wait for the same one. From then on nobody changes it. It is held until the
-    save is done, so that a later step neither overwrites nor frees it.
+    `array::wait`), so two threads must not wait for the same one: where the thread waited itself, two of three runs of
+    3,000 saves ended in a segmentation fault. From then on nobody changes an array, and MLX's own functions may read
+    it, and save it, in the thread. It is held until the save is done, so that no later step overwrites or frees it.
     """
 
     def __init__(self, tell: Callable[[Path], Any]) -> None:
@@ -120,6 +121,7 @@ class Saves:
 
     def add(self, arrays: Any, save: Save) -> None:
         """The thread will call `save` after the next `follow`; `arrays` are all of MLX's that it reads."""
+        mx.async_eval(arrays)  # those that no step has dispatched
         self._added.append((arrays, save))
 
     def follow(self, wait: bool = False) -> None:

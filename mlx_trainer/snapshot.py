@@ -124,13 +124,15 @@ class TakenSnapshot:
 
 def can_be_frozen(module: TrainerModule) -> bool:
     """Whether `save` is this package's own, which reads the trainable parameters and nothing else that may change."""
-    return type(module).save.__module__.startswith("mlx_trainer.")
+    own = type(module).save.__module__.startswith("mlx_trainer.")
+    return own and any(value is module.model for value in vars(module).values())
 
 
 def frozen_copy(module: TrainerModule) -> TrainerModule:
     """A module with the same arrays in containers of its own: it stays as it is while training fills the others."""
     frozen = copy.copy(module)
-    frozen.model = own_containers(module.model)
+    models = {name: value for name, value in vars(module).items() if isinstance(value, nn.Module)}
+    vars(frozen).update(own_containers(models))  # by whatever name: `model` may be a property
     return frozen
 
 
@@ -149,11 +151,9 @@ def own_containers(tree: Any) -> Any:
 
 
 def copied_arrays(tree: Any) -> Any:
-    """The same values in memory of their own; dispatched, not waited for.
+    """The same values in memory of their own.
 
     Needed on CUDA: to be read by the host, an array is moved to managed memory there, and its former place is freed
     under the kernels that may just be reading it (mlx 0.32, `Buffer::raw_ptr`).
     """
-    copies = tree_map(lambda array: mx.where(True, array, array), tree)
-    mx.async_eval(copies)
-    return copies
+    return tree_map(lambda array: mx.where(True, array, array), tree)

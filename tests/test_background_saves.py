@@ -16,9 +16,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_trainer import Callback, LambdaCallback, ModelCheckpoint, Trainer, TrainerModule, checkpoint
+from mlx_trainer import (
+    Callback,
+    LambdaCallback,
+    LoRAConfig,
+    MistralLoRAModule,
+    ModelCheckpoint,
+    Trainer,
+    TrainerModule,
+    checkpoint,
+)
 from mlx_trainer.checkpoint import CheckpointError, CheckpointStore, verify
 from mlx_trainer.snapshot import own_containers
+from tests.models.batches import labelled
+from tests.tiny import tiny_mistral
 from tests.toy import ToyLoader, ToyModule, toy_batches
 
 LOOP = threading.get_ident()
@@ -38,10 +49,10 @@ def contents(folder: Path) -> dict[str, Any]:
     held: dict[str, Any] = {}
     for path in CheckpointStore(folder / "checkpoints").list():
         verify(path)
-        for file in ("weights.safetensors", "optimizer.safetensors"):
-            tensors = mx.load(str(path / file))
+        for file in path.glob("*.safetensors"):
+            tensors = mx.load(str(file))
             assert isinstance(tensors, dict)
-            held |= {f"{path.name}/{file}/{name}": np.array(value).tobytes() for name, value in tensors.items()}
+            held |= {f"{path.name}/{file.name}/{name}": np.array(value).tobytes() for name, value in tensors.items()}
         held[path.name] = json.loads((path / "state.json").read_text()) | {"seconds": None}
     return held
 
@@ -81,6 +92,29 @@ def test_a_late_write_holds_the_step_it_was_asked_for(
     expected = contents(tmp_path / "now")
     assert sum("/" not in name for name in expected) == 16 // accumulate
     assert contents(tmp_path / "late") == expected
+
+
+def test_a_language_model_is_saved_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model is a property, its file an adapter in mlx-lm's layout; while it trains, the same is written."""
+    tiny_mistral(tmp_path / "base")
+    threads, seal = set(), checkpoint.seal
+
+    def noted(directory: Path) -> None:
+        threads.add(threading.current_thread().name)
+        seal(directory)
+
+    monkeypatch.setattr(checkpoint, "seal", noted)
+    for name, background in (("late", True), ("now", False)):
+        lora = LoRAConfig(rank=2, alpha=4, dropout=0.1)
+        module = MistralLoRAModule(tmp_path / "base", lora=lora, dtype="float32", schedule="constant", warmup_steps=0)
+        saving = ModelCheckpoint(tmp_path / name, every=2, keep_last=None, background=background)
+        Trainer(callbacks=[saving]).fit(module, [labelled(seed=seed) for seed in range(7)])
+
+    held = contents(tmp_path / "late")
+    assert held == contents(tmp_path / "now")
+    changing = {value for name, value in held.items() if name.endswith("/model.layers.0.self_attn.q_proj.lora_b")}
+    assert len(changing) == 4  # steps 2, 4, 6 and 7
+    assert threads == {"checkpoint-writer", threading.current_thread().name}
 
 
 def test_a_snapshot_has_containers_of_its_own() -> None:
