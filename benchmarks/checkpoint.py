@@ -1,12 +1,13 @@
-"""What a checkpoint costs the training: none, in the background, in the loop.
+"""What a checkpoint costs the training, written in the background and in the loop.
 
     python benchmarks/checkpoint.py                # a small LoRA model
     python benchmarks/checkpoint.py --ballast 200  # with 200 MB more to train, and so 600 MB more in each checkpoint
 
-The runs take turns in one process, on batches of one shape. A step's time is that between two batches being taken. A
-checkpoint is due at the end of each `--every`th step, and so is a log, as they are by default: what the loop does at a
-checkpoint is in that step's time. The steps after it share the machine with the thread that writes. Each place between
-two checkpoints has a median of its own, and is compared with that of the run without checkpoints.
+Batches have one shape, and a step's time is that between two being taken. A checkpoint is due at the end of each
+`--every`th step: what the loop does for it is in that step's time. The steps after it share the machine with the thread
+that writes. Halfway between two checkpoints begin as many steps without any, with a log at the same place, which the
+steps from the checkpoint on are compared with: they are seconds apart, so that a shared machine's moods cancel. Medians
+of the differences, over all checkpoints of runs that take turns.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # waiting threads spin, and would take the writer's core
@@ -31,8 +31,7 @@ sys.path.insert(0, str(RECIPES))
 from quickstart import FULL
 from small_base import write_model
 
-ROWS, LENGTH, WARM_UP = 8, 128, 1
-"""The warm-up is one interval between two checkpoints."""
+ROWS, LENGTH = 8, 128
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -70,55 +69,49 @@ def batches(steps: int) -> list[mt.Batch]:
     return [mt.Batch(each, np.ones_like(each), each, metadata) for each in ids]
 
 
-def run(base: Path, ballast: int, saving: Iterable[mt.Callback], intervals: int, every: int) -> tuple[Clocked, Stalls]:
-    """One training; the logs are those of all runs alike."""
-    clocked, stalls = Clocked(batches((WARM_UP + 1 + intervals) * every)), Stalls()
+def run(base: Path, ballast: int, background: bool, checkpoints: int, every: int) -> tuple[Clocked, Stalls]:
+    """One training of so many checkpoints, and one more to warm up."""
+    clocked, stalls = Clocked(batches((checkpoints + 2) * every)), Stalls()
+    saving = mt.ModelCheckpoint(every=every, keep_last=1, save_at_end=False, background=background)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = mt.Trainer(run_dir=folder, log_every=every // 2, callbacks=[stalls, *saving])
+        trainer = mt.Trainer(run_dir=folder, log_every=every // 2, callbacks=[stalls, saving])
         trainer.fit(Ballasted(base, ballast), clocked)
     return clocked, stalls
 
 
 def by_place(clocked: Clocked, every: int) -> np.ndarray:
-    """Step times in µs, (intervals, every); the first column is the steps with a checkpoint."""
+    """Step times in µs, (checkpoints, 2, every / 2): from the checkpoint on, and from halfway to the next on."""
     steps = np.diff(clocked.times) * 1e6  # the first is step 1
-    return steps[(WARM_UP + 1) * every - 1 :].reshape(-1, every)
+    return steps[2 * every - 1 :].reshape(-1, 2, every // 2)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ballast", type=int, default=0, metavar="MB")
-    parser.add_argument("--every", type=int, default=10)
-    parser.add_argument("--intervals", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--every", type=int, default=20, help="an even number of steps")
+    parser.add_argument("--checkpoints", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    every = arguments.every
-
-    def saving(background: bool) -> list[mt.Callback]:
-        return [mt.ModelCheckpoint(every=every, keep_last=1, save_at_end=False, background=background)]
-
-    ways = {"no checkpoint": [], "in the background": [True], "in the loop": [False]}
+    ways = {"in the background": True, "in the loop": False}
     steps: dict[str, list[np.ndarray]] = {name: [] for name in ways}
     told: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as base:
         write_model(Path(base), FULL.base)
         for _ in range(arguments.rounds):
             for name, way in ways.items():
-                callbacks = [callback for background in way for callback in saving(background)]
-                clocked, stalls = run(Path(base), arguments.ballast, callbacks, arguments.intervals, every)
-                steps[name].append(by_place(clocked, every))
-                told[name] += stalls.told[WARM_UP:]
+                clocked, stalls = run(Path(base), arguments.ballast, way, arguments.checkpoints, arguments.every)
+                steps[name].append(by_place(clocked, arguments.every))
+                told[name] += stalls.told[1:]
 
-    medians = {name: np.median(np.concatenate(each), axis=0) for name, each in steps.items()}
-    plain = medians["no checkpoint"]
-    print(f"{'':18} {'step, ms':>9} {'stall, µs':>10} {'on its step, µs':>23} {'on all steps, ms':>22}")
-    for name, median in medians.items():
-        stall = f"{statistics.median(told[name]):.0f}" if told[name] else ""
-        extra = median - plain
+    print(f"{'':18} {'step, ms':>9} {'stall, µs':>10} {'on its step, µs':>23} {'in all, ms':>11}")
+    for name in ways:
+        with_one, without = np.concatenate(steps[name]).swapaxes(0, 1)  # each (checkpoints, places)
+        step, extra = np.median(without), with_one - without
+        its = np.median(extra[:, 0])
         print(
-            f"{name:18} {np.median(median) / 1e3:9.1f} {stall:>10} {extra[0]:+15.0f} {extra[0] / plain[0]:+7.1%} "
-            f"{extra.sum() / 1e3:+14.2f} {extra.sum() / plain.sum():+7.1%}"
+            f"{name:18} {step / 1e3:9.1f} {statistics.median(told[name]):10.0f} {its:+15.0f} {its / step:+7.1%} "
+            f"{np.median(extra.sum(axis=1)) / 1e3:+11.2f}"
         )
 
 
