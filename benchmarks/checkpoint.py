@@ -89,9 +89,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ballast", type=int, default=0, metavar="MB")
-    parser.add_argument("--every", type=int, default=20, help="an even number of steps")
-    parser.add_argument("--checkpoints", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--every", type=int, default=4, help="an even number of steps")
+    parser.add_argument("--checkpoints", type=int, default=22)
+    parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     ways = {"in the background": True, "in the loop": False}
     steps: dict[str, list[np.ndarray]] = {name: [] for name in ways}

@@ -155,7 +155,10 @@ class Saves:
         self.follow(wait=True)
 
     def stall(self) -> dict[str, float]:
-        """How long the newest checkpoint held the training up, in µs, by its TensorBoard tag; once, then nothing."""
+        """How long the newest checkpoint held the loop up, in µs, by its TensorBoard tag; once, then nothing.
+
+        What is written in the loop waits for the step first, which counts.
+        """
         stall_us, self._stall_us = self._stall_us, None
         return {} if stall_us is None else {"perf/checkpoint_stall_us": stall_us}
 

@@ -124,7 +124,7 @@ class TakenSnapshot:
 
 def can_be_frozen(module: TrainerModule) -> bool:
     """Whether `save` is this package's own, which reads the trainable parameters and nothing else that may change."""
-    own = type(module).save.__module__.startswith("mlx_trainer.")
+    own = module.save.__module__.startswith("mlx_trainer.")
     return own and any(value is module.model for value in vars(module).values())
 
 
@@ -145,7 +145,7 @@ def own_containers(tree: Any) -> Any:
         return new
     if isinstance(tree, dict):
         return {key: own_containers(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
+    if type(tree) in (list, tuple):
         return type(tree)([own_containers(value) for value in tree])
     return tree
 
