@@ -1,5 +1,6 @@
 """What a checkpoint holds beside the module's own files: optimizer state, position, randomness, callbacks."""
 
+import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -9,15 +10,16 @@ from typing import Any
 
 import attrs
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optimizers
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_trainer import __version__
 from mlx_trainer.callback import Callback
 from mlx_trainer.checkpoint import FORMAT_VERSION, CheckpointError, verify
 from mlx_trainer.loaders import Loader, ResumableLoader
 from mlx_trainer.module import TrainerModule, check_parameters
-from mlx_trainer.state import TrainingState, random_state, restore_random_state
+from mlx_trainer.state import TrainingState, key_to_seed, random_key, restore_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +39,26 @@ class Snapshot:
 
     def write(self, directory: Path) -> None:
         """Fill `directory` with the run as it stands between two steps."""
-        self.module.save(directory)
-        with (directory / OPTIMIZER_FILE).open("wb") as file:
-            mx.save_safetensors(file, dict(tree_flatten(self.optimizer.state)))
+        self.taken().write(directory)
+
+    def taken(self, frozen: bool = False) -> "TakenSnapshot":
+        """The run between two steps; `frozen`: it can be written at any later time, while the training goes on.
+
+        Reads nothing from the device. No array is copied, except on CUDA: training makes new ones and leaves the old as
+        they are.
+        """
         contents = {
-            "format_version": FORMAT_VERSION,
             **attrs.asdict(self.state),
-            "random_state": random_state(),
             "loader": self.loader.state_dict() if isinstance(self.loader, ResumableLoader) else None,
             "callbacks": {callback.name: saved for callback in self.callbacks if (saved := callback.state_dict())},
-            "versions": {"mlx": version("mlx"), "mlx_trainer": __version__},
         }
-        (directory / STATE_FILE).write_text(json.dumps(contents, indent=2) + "\n")
+        module, optimizer = self.module, dict(tree_flatten(self.optimizer.state))
+        if frozen:
+            module = frozen_copy(module)
+        if frozen and mx.cuda.is_available():
+            module.model.update(copied_arrays(module.model.trainable_parameters()))
+            optimizer = copied_arrays(optimizer)
+        return TakenSnapshot(module, optimizer, random_key(), json.dumps(contents))
 
     def read(self, directory: Path) -> None:
         """Put everything back; the run continues bit for bit. Raises CheckpointError where anything does not fit."""
@@ -81,3 +91,69 @@ class Snapshot:
                 by_name[name].load_state_dict(state)
             else:
                 logger.warning("the checkpoint holds the state of a callback %r which this run does not have", name)
+
+
+@attrs.frozen(eq=False)
+class TakenSnapshot:
+    """What a checkpoint will hold."""
+
+    module: TrainerModule
+    optimizer: dict[str, mx.array]
+    random_key: mx.array
+    contents: str
+    """The rest as JSON, so that nothing in it can change."""
+
+    @property
+    def arrays(self) -> Any:
+        """The arrays that `write` reads, as a tree."""
+        return self.module.model.trainable_parameters(), self.optimizer, self.random_key
+
+    def write(self, directory: Path) -> None:
+        """Fill `directory`."""
+        self.module.save(directory)
+        with (directory / OPTIMIZER_FILE).open("wb") as file:
+            mx.save_safetensors(file, self.optimizer)
+        contents = {
+            "format_version": FORMAT_VERSION,
+            **json.loads(self.contents),
+            "random_state": key_to_seed(self.random_key),
+            "versions": {"mlx": version("mlx"), "mlx_trainer": __version__},
+        }
+        (directory / STATE_FILE).write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def can_be_frozen(module: TrainerModule) -> bool:
+    """Whether `save` is this package's own, which reads the trainable parameters and nothing else that may change."""
+    own = module.save.__module__.startswith("mlx_trainer.")
+    return own and any(value is module.model for value in vars(module).values())
+
+
+def frozen_copy(module: TrainerModule) -> TrainerModule:
+    """A module with the same arrays in containers of its own: it stays as it is while training fills the others."""
+    frozen = copy.copy(module)
+    models = {name: value for name, value in vars(module).items() if isinstance(value, nn.Module)}
+    vars(frozen).update(own_containers(models))  # by whatever name: `model` may be a property
+    return frozen
+
+
+def own_containers(tree: Any) -> Any:
+    """The same leaves in new modules, dicts, lists and tuples."""
+    if isinstance(tree, nn.Module):
+        new = tree.__class__.__new__(tree.__class__)  # several times faster than copy.copy
+        vars(new).update(vars(tree))
+        dict.update(new, {name: own_containers(value) for name, value in tree.items()})
+        return new
+    if isinstance(tree, dict):
+        return {key: own_containers(value) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)([own_containers(value) for value in tree])
+    return tree
+
+
+def copied_arrays(tree: Any) -> Any:
+    """The same values in memory of their own.
+
+    Needed on CUDA: to be read by the host, an array is moved to managed memory there, and its former place is freed
+    under the kernels that may just be reading it (mlx 0.32, `Buffer::raw_ptr`).
+    """
+    return tree_map(lambda array: mx.where(True, array, array), tree)

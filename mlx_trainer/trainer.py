@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_trainer import loaders
 from mlx_trainer.callback import Callback, Events
+from mlx_trainer.checkpoint import Saves
 from mlx_trainer.evaluation import EvalMetrics, EvaluationStep, Metric, evaluating
 from mlx_trainer.interruption import Interrupted, stopping_on_signals
 from mlx_trainer.interval import LogInterval, StepRecord
@@ -88,7 +89,8 @@ class Trainer:
         self.events = Events(kept)
         self.validation_metrics: dict[str, Metric] = {}
         """Further metrics by name; a callback may add some before the first evaluation."""
-        self._validation_loader: Loader | None = None
+        self.validation_loader: Loader | None = None
+        """The held-out batches of this run, if it has any."""
         self._reset()
 
     def _reset(self) -> None:
@@ -101,6 +103,7 @@ class Trainer:
         self.evaluation: EvalMetrics | None = None
         self._evaluation_step: EvaluationStep | None = None
         self._evaluation_requested = self._checkpoint_requested = self._log_due = False
+        self._saves = Saves(lambda path: self.events.emit("on_checkpoint_saved", self, self.module, path))
 
     # What callbacks may ask for.
 
@@ -110,7 +113,7 @@ class Trainer:
 
     def request_evaluation(self) -> None:
         """Evaluate at the end of this step. Raises TrainingError where the run has no validation loader."""
-        if self._validation_loader is None:
+        if self.validation_loader is None:
             raise TrainingError("an evaluation was asked for, but this run has no validation rows")
         self._evaluation_requested = True
 
@@ -128,11 +131,6 @@ class Trainer:
         self._interval.skip_time(time.perf_counter() - start)
 
     @property
-    def validation_loader(self) -> Loader | None:
-        """The held-out batches of this run, if it has any."""
-        return self._validation_loader
-
-    @property
     def compiled_shapes(self) -> int:
         """How many distinct shapes of micro-batches this run has compiled so far."""
         return self._step.compiled_shapes
@@ -140,6 +138,11 @@ class Trainer:
     def write_checkpoint(self, directory: Path) -> None:
         """Fill an existing directory with all that a resumed run needs."""
         self._snapshot.write(directory)
+
+    def save_in_background(self, save: Callable[[Callable[[Path], None]], Path]) -> None:
+        """A thread calls `save(write)`; `write` fills a directory with what `write_checkpoint` would write now."""
+        snapshot = self._snapshot.taken(frozen=True)
+        self._saves.add(snapshot.arrays, lambda: save(snapshot.write))
 
     # The three things a trainer does.
 
@@ -159,7 +162,8 @@ class Trainer:
             self._build()
             self.events.emit("on_fit_start", self, module)
             with stopping_on_signals(self.request_stop):
-                self._run_epochs()
+                with self._saves.all_followed():
+                    self._run_epochs()
                 self.events.emit("on_fit_end", self, module)
         return self._result()
 
@@ -167,7 +171,7 @@ class Trainer:
         """The mean validation loss over `loader`, and what else is measured."""
         with self._stage("validate", module):
             module.setup("validate")
-            self._validation_loader = loaders.first_batches(loader, self.limit_validation_batches)
+            self.validation_loader = loaders.first_batches(loader, self.limit_validation_batches)
             self._evaluation_step = None
             return self._evaluate()
 
@@ -205,7 +209,7 @@ class Trainer:
             train = validation = loaders.first_batches(train, self.overfit_batches)
         if validation is not None:
             validation = loaders.first_batches(validation, self.limit_validation_batches)
-        self._train_loader, self._validation_loader = train, validation
+        self._train_loader, self.validation_loader = train, validation
         self.steps_per_epoch = math.ceil(len(train) / self.accumulate)
         self.total_steps = self.limits.total_steps(self.steps_per_epoch)
 
@@ -268,20 +272,21 @@ class Trainer:
         self.events.emit_step("on_step_end", self, self.module, step)
         self._stop_at_limits()
         self._log_due = step % self.log_every == 0 or self.stop_reason is not None
+        self._saves.follow()  # what the last step left to be saved is there by now
         self._pause()
 
     def _pause(self) -> None:
         """Evaluate and save, where that was asked for."""
-        if not (self._evaluation_requested or self._checkpoint_requested):
-            return
-        with self.paused():
+        if self._evaluation_requested or self._checkpoint_requested:
             self._read_log()
-            if self._evaluation_requested:
-                self._evaluation_requested = False
+        if self._evaluation_requested:
+            self._evaluation_requested = False
+            with self.paused():
                 self._evaluate()
-            if self._checkpoint_requested:
-                self._checkpoint_requested = False
-                self._checkpoint()
+        if self._checkpoint_requested:
+            self._checkpoint_requested = False
+            self.state.seconds = time.perf_counter() - self._started
+            self._saves.begin(lambda: self.events.emit("on_checkpoint", self, self.module, self.state.step))
 
     def _read_log(self) -> None:
         """The one place where a step's values are read."""
@@ -289,21 +294,16 @@ class Trainer:
             return
         self._log_due = False
         metrics, self.recent_steps = self._interval.read(self.state.counts)
+        metrics |= self._saves.stall()
         self.events.emit("on_log", self, self.module, self.recent_steps[-1].step, metrics)
         self.metrics = metrics
 
     def _evaluate(self) -> EvalMetrics:
         self.events.emit("on_evaluation_start", self, self.module, self.state.step)
         self._evaluation_step = self._evaluation_step or EvaluationStep(self.module, self.validation_metrics)
-        self.evaluation = self._evaluation_step(self._validation_loader or [])
+        self.evaluation = self._evaluation_step(self.validation_loader or [])
         self.events.emit("on_evaluation_end", self, self.module, self.state.step, self.evaluation)
         return self.evaluation
-
-    def _checkpoint(self) -> None:
-        self.state.seconds = time.perf_counter() - self._started
-        for path in self.events.emit("on_checkpoint", self, self.module, self.state.step):
-            if path is not None:
-                self.events.emit("on_checkpoint_saved", self, self.module, path)
 
     def _stop_at_limits(self) -> None:
         state, seconds = self.state, time.perf_counter() - self._started
@@ -314,7 +314,6 @@ class Trainer:
         return self.state.position == len(self._train_loader)
 
     def _result(self) -> TrainingResult:
-        state, reason = self.state, self.stop_reason or ""
-        epochs = state.epoch + self._epoch_is_over()
-        seconds = time.perf_counter() - self._started
+        state, seconds = self.state, time.perf_counter() - self._started
+        epochs, reason = state.epoch + self._epoch_is_over(), self.stop_reason or ""
         return TrainingResult(state.step, epochs, reason, seconds, self.metrics, self.evaluation, dict(state.counts))

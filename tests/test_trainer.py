@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -270,19 +270,25 @@ def test_a_batch_may_be_any_tree_of_arrays() -> None:
 
 
 class SaveAt(Callback):
-    """Writes one checkpoint after `step` into `directory`, and can end the run there as if it had been killed."""
+    """Writes one checkpoint after `step` into `directory`."""
 
-    def __init__(self, step: int, directory: Path) -> None:
-        self.step, self.directory, self.seen = step, directory, 0
+    def __init__(self, step: int, directory: Path, background: bool = False) -> None:
+        self.step, self.directory, self.background, self.seen = step, directory, background, 0
 
     def on_step_end(self, trainer: Trainer, module: TrainerModule, step: int) -> None:
         self.seen += 1
         if step == self.step:
             trainer.request_checkpoint()
 
-    def on_checkpoint(self, trainer: Trainer, module: TrainerModule, step: int) -> Path:
+    def on_checkpoint(self, trainer: Trainer, module: TrainerModule, step: int) -> Path | None:
+        if not self.background:
+            return self.save(trainer.write_checkpoint)
+        trainer.save_in_background(self.save)
+        return None
+
+    def save(self, write: Callable[[Path], None]) -> Path:
         self.directory.mkdir()
-        trainer.write_checkpoint(self.directory)
+        write(self.directory)
         seal(self.directory)
         return self.directory
 
@@ -301,10 +307,11 @@ def run(loader: Any, callback: Callback, **options: Any) -> tuple[Any, ...]:
     return weights(module), random_state(), result.steps, result.epochs, result.counts
 
 
+@pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("step", range(1, 13))
-def test_resuming_at_any_step_continues_bit_for_bit(step: int, tmp_path: Path) -> None:
+def test_resuming_at_any_step_continues_bit_for_bit(step: int, background: bool, tmp_path: Path) -> None:
     """Shuffled uneven batches, dropout, accumulation, AdamW: weights, randomness and counts as if never interrupted."""
-    whole = SaveAt(step, tmp_path / "checkpoint")
+    whole = SaveAt(step, tmp_path / "checkpoint", background)
     expected = run(ToyLoader(toy_batches()), whole)
     resumed = SaveAt(0, tmp_path / "none")
 

@@ -14,6 +14,7 @@ from mlx_trainer.callbacks.timing import check_every
 from mlx_trainer.checkpoint import CheckpointStore, write_directory
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.module import TrainerModule
+from mlx_trainer.snapshot import can_be_frozen
 from mlx_trainer.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,15 @@ class ModelCheckpoint(Callback):
     When the run ends well the module is saved into `directory/<module.artifact>`. `save_at_end=False` leaves out the
     checkpoint after the last step. Raises OSError at the start for a folder that cannot be written.
 
-    Costs one comparison a step; a checkpoint waits for the step, then writes its files and reads them back.
+    A checkpoint is written in the background: the loop takes references to the step's arrays and goes on; a thread
+    writes them and reads them back. `on_checkpoint_saved` comes at the end of the step in which that is done, and so
+    does CheckpointError where it fails. One is written at a time: the next one that is due waits for it, and so does
+    the end of the run, however it ends, except at a second Ctrl-C. A module with a `save` of its own is saved in the
+    loop as with `background=False`: what else it reads, training might change meanwhile.
+
+    Costs one comparison a step; at a checkpoint what `perf/checkpoint_stall_us` says in the next log, and until it is
+    written the memory of the trained parameters and the optimizer state once more. With `background=False` a checkpoint
+    waits for the step, then writes its files and reads them back.
     """
 
     phase = "checkpoint"
@@ -49,11 +58,13 @@ class ModelCheckpoint(Callback):
         monitor: str | None = None,
         mode: str = "min",
         save_at_end: bool = True,
+        background: bool = True,
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"ModelCheckpoint: keep_last is {keep_last}; it must be 1 or more, or None to keep all")
         self.directory, self.every, self.keep_last = directory, check_every(every, "ModelCheckpoint"), keep_last
         self.monitor, self.mode, self.save_at_end = monitor, check_mode(mode), save_at_end
+        self.background = background
         self._store: CheckpointStore | None = None
         self._reset()
 
@@ -117,12 +128,17 @@ class ModelCheckpoint(Callback):
         if self.save_at_end and trainer.stop_reason and self._saved_step != trainer.state.step:
             trainer.request_checkpoint()
 
-    def on_checkpoint(self, trainer: Trainer, module: TrainerModule, step: int) -> Path:
+    def on_checkpoint(self, trainer: Trainer, module: TrainerModule, step: int) -> Path | None:
         """Save; the former best one is removed only once the new one is complete."""
         if self._candidate is not None and self._candidate.step == step:
             self.best = self._candidate  # before writing: the checkpoint holds this callback's state
         self._saved_step = step
-        return self.store.save(step, trainer.write_checkpoint, protect=self.best_checkpoint)
+        store, protect = self.store, self.best_checkpoint
+        if self.background and can_be_frozen(module):
+            trainer.save_in_background(lambda write: store.save(step, write, protect))
+            return None
+        with trainer.paused():
+            return store.save(step, trainer.write_checkpoint, protect)
 
     def on_fit_end(self, trainer: Trainer, module: TrainerModule) -> None:
         """Write the result."""

@@ -1,5 +1,7 @@
 import json
 import logging
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,12 @@ from mlx_trainer.callbacks import EarlyStopping, Evaluation, LambdaCallback, Mod
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.trainer import Trainer, TrainingError
 from tests.callbacks.toy import Regression, Snapshots, batches, fit, state_bytes
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["in the background", "in the loop"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file holds for both."""
+    monkeypatch.setattr(sys.modules[__name__], "ModelCheckpoint", partial(ModelCheckpoint, background=request.param))
 
 
 def steps_in(directory: Path) -> list[int]:
