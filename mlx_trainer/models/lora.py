@@ -32,16 +32,39 @@ class LoRALinear(nn.Module):
         self.lora_a = mx.random.uniform(low=-bound, high=bound, shape=(inputs, rank), key=key)
         self.lora_b = mx.zeros((rank, outputs))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Return `y` for `x`."""
+    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
+        """Return `y` for `x`; what is dropped depends on `key` alone, without one on the global random state."""
         y = self.linear(x)
-        low = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        low = (self.dropout(x) if key is None else dropped(x, self.dropout._p_1, key)) @ self.lora_a.astype(x.dtype)
         return y + self.scale * (low @ self.lora_b.astype(x.dtype))
 
 
-def project(x: mx.array, *layers: nn.Module) -> tuple[mx.array, ...]:
-    """What each of `layers`, adapted or not, makes of the same `x`."""
-    return tuple(layer(x) for layer in layers)
+def project(x: mx.array, *layers: nn.Module, keys: Sequence[mx.array | None] | None = None) -> tuple[mx.array, ...]:
+    """What each of `layers`, adapted or not, makes of the same `x`; `keys` as `dropout_keys` drew them."""
+    return tuple(
+        layer(x) if key is None else layer(x, key)
+        for layer, key in zip(layers, keys or [None] * len(layers), strict=True)
+    )
+
+
+def dropout_keys(*layers: nn.Module) -> tuple[mx.array | None, ...]:
+    """A random key for each of `layers` that drops some of its input, drawn from the global state; None for others."""
+    return tuple(
+        drawn_key() if isinstance(layer, LoRALinear) and layer.training and layer.dropout._p_1 < 1 else None
+        for layer in layers
+    )
+
+
+def drawn_key() -> mx.array:
+    """A key drawn from the global random state."""
+    return mx.random.randint(0, 2**32 - 1, (2,), dtype=mx.uint32)
+
+
+def dropped(x: mx.array, share: float, key: mx.array) -> mx.array:
+    """`nn.Dropout` with a key: a `share` of `x` stays, divided by it."""
+    # Else a compiled step would merge equal draws, and keep the random numbers of what runs again.
+    key = mx.depends(key, mx.stop_gradient(x))
+    return (mx.random.bernoulli(share, x.shape, key=key) * x) * (1 / share)
 
 
 def dimensions(linear: Linear) -> tuple[int, int]:

@@ -10,15 +10,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_trainer.models.attention import causal_attention
+from mlx_trainer.models.attention import causal_attention, keeps_scores
 from mlx_trainer.models.gather import take_rows
-from mlx_trainer.models.lora import project
+from mlx_trainer.models.lora import dropout_keys, project
+from mlx_trainer.models.recomputation import Policy, run_again, run_once
 from mlx_trainer.runtime import sigmoid
 
 LLAMAS = ("llama", "mistral")
 """Model types that mlx-lm builds with its Llama."""
 
 Rearrange = Callable[[mx.array], Any]
+Keys = tuple[mx.array | None, ...]
+"""One random key for each layer that drops some of its input."""
 
 
 def takes_unpadded(settings: Mapping[str, Any]) -> bool:
@@ -26,46 +29,81 @@ def takes_unpadded(settings: Mapping[str, Any]) -> bool:
     return settings["model_type"] in LLAMAS and "sliding_attention" not in (settings.get("layer_types") or ())
 
 
-def hidden_states(model: Any, batch: Any) -> mx.array:
-    """The last hidden states, (positions, hidden), of an unpadded batch."""
+def hidden_states(model: Any, batch: Any, policy: Policy = "none") -> mx.array:
+    """The last hidden states, (positions, hidden), of an unpadded batch; `policy` says what the gradient runs again."""
     to_rows, to_positions = rearrangements(batch.grid, batch.cells)
     h = model.model.embed_tokens(batch.input_ids)
     for layer in model.model.layers:
-        h = block(layer, h, to_rows, to_positions)
+        h = block(layer, h, to_rows, to_positions, policy)
     states: mx.array = model.model.norm(h)
     return states
 
 
-def block(layer: Any, h: mx.array, to_rows: Rearrange, to_positions: Rearrange) -> mx.array:
+def block(layer: Any, h: mx.array, to_rows: Rearrange, to_positions: Rearrange, policy: Policy = "none") -> mx.array:
     """One layer of the model; `h` and the result are (positions, hidden)."""
-    h = h + attention(layer.self_attn, layer.input_layernorm(h), to_rows, to_positions)
-    return h + feed_forward(layer.mlp, layer.post_attention_layernorm(h))
+    attend, mlp = layer.self_attn, layer.mlp
+    # Drawn before anything that may run again, and alike whatever the policy is.
+    mixing = dropout_keys(attend.q_proj, attend.k_proj, attend.v_proj, attend.o_proj)
+    feeding = dropout_keys(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    inner: Policy = "none" if policy == "block" else policy
+
+    def whole(h: mx.array) -> mx.array:
+        h = h + attention(attend, layer.input_layernorm, h, to_rows, to_positions, mixing, inner)
+        return h + feed_forward(mlp, layer.post_attention_layernorm, h, feeding, inner)
+
+    result: mx.array = (run_again if policy == "block" else run_once)(whole, layer)(h)
+    return result
 
 
-def attention(layer: Any, x: mx.array, to_rows: Rearrange, to_positions: Rearrange) -> mx.array:
-    """Attention within each row; `x` and the result are (positions, hidden)."""
+def attention(
+    layer: Any, norm: Any, h: mx.array, to_rows: Rearrange, to_positions: Rearrange, dropout: Keys, policy: Policy
+) -> mx.array:
+    """Attention of `norm(h)` within each row; `h` and the result are (positions, hidden)."""
+    cheap = run_again if policy in ("selective", "mlp") else run_once
 
-    def heads(projected: mx.array, count: int) -> mx.array:
-        rows: mx.array = to_rows(projected)
+    def projected(h: mx.array) -> tuple[mx.array, ...]:
+        inputs = project(norm(h), layer.q_proj, layer.k_proj, layer.v_proj, keys=dropout[:3])
+        return tuple(to_rows(x) for x in inputs)
+
+    def heads(rows: mx.array, count: int) -> mx.array:
         return rows.reshape(*rows.shape[:2], count, -1).transpose(0, 2, 1, 3)
 
-    queries, keys, values = project(x, layer.q_proj, layer.k_proj, layer.v_proj)
-    queries = layer.rope(heads(queries, layer.n_heads))
-    keys = layer.rope(heads(keys, layer.n_kv_heads))
-    values = heads(values, layer.n_kv_heads)
-    # Rows are padded on the right, so that no token sees padding.
-    mixed = causal_attention(queries, keys, values, layer.scale)
-    rows, _, length, _ = mixed.shape
-    (attended,) = project(to_positions(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1)), layer.o_proj)
-    return attended
+    def attended(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        queries, keys = layer.rope(heads(queries, layer.n_heads)), layer.rope(heads(keys, layer.n_kv_heads))
+        # Rows are padded on the right, so that no token sees padding.
+        mixed = causal_attention(queries, keys, heads(values, layer.n_kv_heads), layer.scale)
+        return mixed.transpose(0, 2, 1, 3).reshape(*mixed.shape[::2], -1)
+
+    def out(mixed: mx.array) -> mx.array:
+        (out,) = project(to_positions(mixed), layer.o_proj, keys=dropout[3:])
+        return out
+
+    queries, keys, values = cheap(projected, norm, layer.q_proj, layer.k_proj, layer.v_proj)(h)
+    rows, length, _ = queries.shape
+    if policy == "attention" or (cheap is run_again and keeps_scores(rows, layer.n_heads, length, h.dtype)):
+        result: mx.array = run_again(lambda *rows: out(attended(*rows)), layer.o_proj)(queries, keys, values)
+    else:
+        result = cheap(out, layer.o_proj)(attended(queries, keys, values))
+    return result
 
 
-def feed_forward(mlp: Any, x: mx.array) -> mx.array:
-    """`down(silu(gate(x)) · up(x))`."""
-    gate, up = project(x, mlp.gate_proj, mlp.up_proj)
-    gated: mx.array = swiglu(gate, up)  # type: ignore[assignment]  # its stub says that it returns an object
-    (out,) = project(gated, mlp.down_proj)
-    return out
+def feed_forward(mlp: Any, norm: Any, h: mx.array, dropout: Keys, policy: Policy) -> mx.array:
+    """`down(silu(gate(x)) · up(x))` for x = `norm(h)`."""
+    cheap = run_again if policy == "selective" else run_once
+
+    def projected(h: mx.array) -> tuple[mx.array, ...]:
+        return project(norm(h), mlp.gate_proj, mlp.up_proj, keys=dropout[:2])
+
+    def out(gate: mx.array, up: mx.array) -> mx.array:
+        (out,) = project(swiglu(gate, up), mlp.down_proj, keys=dropout[2:])
+        return out
+
+    def whole(h: mx.array) -> mx.array:
+        result: mx.array = cheap(out, mlp.down_proj)(*cheap(projected, norm, mlp.gate_proj, mlp.up_proj)(h))
+        return result
+
+    result: mx.array = (run_again if policy == "mlp" else run_once)(whole, norm, mlp)(h)
+    return result
 
 
 @mx.custom_function
@@ -76,7 +114,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 @swiglu.vjp
 def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
-    gate, up = primals
+    gate, up = mx.depends(list(primals), [cotangent])  # else a compiled step keeps the first sigmoid for this one
     gated = sigmoid(gate)
     silu = gate * gated
     return cotangent * up * (gated + silu * (1 - gated)), cotangent * silu
