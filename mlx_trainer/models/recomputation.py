@@ -1,19 +1,19 @@
 """What a block computes again in the backward pass, so that less has to be kept from the forward pass.
 
-Bytes a position and layer on a 7B shape in 16 bits (hidden 4096, 8 of 32 heads for keys, MLP 14336), adapters on all
-linear layers, with their dropout; without adapters the inputs of linear layers are not kept. Each policy keeps less
-than the one before it; the last column is what it runs twice, of 436 million multiplications a position and layer.
+KB a position and layer on a 7B shape in 16 bits (hidden 4096, 8 of 32 heads for keys, MLP 14336), adapters with dropout
+on all linear layers. A step with a frozen base multiplies 436 million times for each, half of that forward.
 
-| policy | kept | KB | run twice |
+| policy | kept | KB | run again |
 |---|---|---|---|
-| `none` | all that the gradient needs, the inputs of adapters and their dropout too | 220 | nothing |
-| `attention` | the same without the scores of rows, and the output of attention | | scores and their sums |
-| `selective` | h twice, queries, keys, values, attention, gate and up | 93 | norms, dropout, SwiGLU, adapters' first half |
-| `mlp` | h twice, queries, keys, values, attention | 36 | also gate and up: 117 million, 27 % of a forward pass |
-| `block` | h | 8 | everything but the last product: a third of a step with a frozen base |
+| `none` | all that the gradient needs, inputs of adapters and their random bits too | 328 | nothing |
+| `attention` | of attention no scores, result or adapter's input | 295 | attention |
+| `selective` | h twice, queries, keys, values, their result, gate, up | 94 | norms, dropout, SwiGLU, half of adapters |
+| `mlp` | h twice, queries, keys, values, their result | 37 | also gate and up: 117 million, 27 % of a step |
+| `block` | h | 8 | all but the last product: 159 million, 37 % of a step |
 
-`attention` helps where MLX keeps or makes the scores, rows · heads · length² of them (`attention.py`); its fused kernels
-keep none, so it is only there that `selective` runs attention again too.
+So `selective` runs no product with a weight again, and keeps what such products give. `attention` helps where the
+scores are kept, rows · heads · length² of them (`attention.py`); there `selective` and `mlp` run attention again too, and
+keep no result of it. Fused kernels keep no scores.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def run_again(function: Function, *modules: Any) -> Function:
     must not draw from the global random state, which would be another one then. It runs again when the gradient of its
     result is there, not before; what the gradient does not need of it, such as its last product, is never run again.
     """
-    trained = [tree_flatten(module.trainable_parameters()) for module in modules]
+    trained: list[Any] = [tree_flatten(module.trainable_parameters()) for module in modules]
     names = [[name for name, _ in own] for own in trained]
     parameters = [value for own in trained for _, value in own]
 
@@ -55,10 +55,16 @@ def run_again(function: Function, *modules: Any) -> Function:
     @once_more.vjp
     def gradient(primals: Any, cotangents: Any, outputs: Any) -> Any:
         primals, cotangents = as_list(primals), as_list(cotangents)
+        count = len(primals) - len(parameters)
         # Without this dependency it could run long before its turn, and a compiled step would keep the first run.
-        inputs = mx.depends(primals[: len(primals) - len(parameters)], cotangents)
-        _, gradients = mx.vjp(of_all, [*inputs, *primals[len(inputs) :]], cotangents)
-        return tuple(gradients)
+        inputs = mx.depends(primals[:count], cotangents)
+        _, gradients = mx.vjp(of_all, [*inputs, *primals[count:]], cotangents)
+        to_inputs, to_parameters = gradients[:count], gradients[count:]
+        if (
+            to_parameters
+        ):  # else they may be left for later, when all are clipped, and what they need is kept until then
+            to_inputs = mx.depends(to_inputs, to_parameters)
+        return (*to_inputs, *to_parameters)
 
     return lambda *arrays: once_more(*arrays, *parameters)
 

@@ -95,7 +95,8 @@ def feed_forward(mlp: Any, norm: Any, h: mx.array, dropout: Keys, policy: Policy
         return project(norm(h), mlp.gate_proj, mlp.up_proj, keys=dropout[:2])
 
     def out(gate: mx.array, up: mx.array) -> mx.array:
-        (out,) = project(swiglu(gate, up), mlp.down_proj, keys=dropout[2:])
+        gated: mx.array = swiglu(gate, up)  # type: ignore[assignment]  # its stub says that it returns an object
+        (out,) = project(gated, mlp.down_proj, keys=dropout[2:])
         return out
 
     def whole(h: mx.array) -> mx.array:
