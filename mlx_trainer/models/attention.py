@@ -26,15 +26,16 @@ def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, scale:
     `queries` and the result are (rows, heads, length, d), `keys` and `values` (rows, heads / n, length, d).
     """
     rows, heads, length, _ = queries.shape
-    if keeps_scores(rows, heads, length, queries.dtype):
+    short = rows * heads * length**2 <= KEPT_SCORES
+    if short and queries.dtype == mx.float32 and runtime.slow_exp():
         mixed: mx.array = keeping(scale)(queries, keys, values)[0]
         return mixed
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
 
 
-def keeps_scores(rows: int, heads: int, length: int, dtype: mx.Dtype) -> bool:
-    """Whether exponentials of all scores are kept for the gradient."""
-    return rows * heads * length**2 <= KEPT_SCORES and dtype == mx.float32 and runtime.slow_exp()
+def fused(dtype: mx.Dtype) -> bool:
+    """Whether a kernel trains that never has the scores: cuDNN's, in 16 bits. All others keep them for the gradient."""
+    return runtime.backend() == "cuda" and dtype != mx.float32
 
 
 def keeping(scale: float) -> Callable[..., Any]:

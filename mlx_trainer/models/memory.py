@@ -16,7 +16,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from mlx_trainer import runtime
-from mlx_trainer.models.attention import keeps_scores
+from mlx_trainer.models.attention import fused
 from mlx_trainer.models.head import head_of, part_size
 from mlx_trainer.models.lora import LoRALinear, dimensions
 from mlx_trainer.models.recomputation import POLICIES, Policy
@@ -84,10 +84,10 @@ def choose(model: Any, batch: Any, optimizer: Optimizer, limit: int) -> MemoryEs
     """The first policy, in the order of their cost, that leaves `MARGIN` of `limit` bytes free; else the leanest.
 
     A function of shapes and the limit alone, so that a continued run chooses what it chose before. `attention` is left
-    out where no scores are kept: `selective` costs less there and saves more.
+    out where its kernel is fused: `selective` costs less there and saves more.
     """
     estimates = [estimate(model, batch, optimizer, policy) for policy in POLICIES]
-    if not BlockBytes.of(model.model.layers[0], batch, activations(model)).scores:
+    if fused(activations(model)):
         estimates = [one for one in estimates if one.policy != "attention"]
     fitting = (one for one in estimates if one.peak <= (1 - MARGIN) * limit)
     return next(fitting, min(estimates, key=lambda one: one.peak))
@@ -142,13 +142,12 @@ class BlockBytes:
         (rows, length), positions = batch.grid.shape, batch.input_ids.size
         linears = [*inputs, *outputs, *feeding, mlp.down_proj]
         adapters = [linear for linear in linears if isinstance(linear, LoRALinear)]
-        kept = keeps_scores(rows, attention.n_heads, length, dtype)
         hidden, width = widths(attention.q_proj)
         one, cell = positions * dtype.size, rows * length * dtype.size
         return cls(
             hidden=one * hidden,
             queries_keys_values=cell * sum(widths(linear)[1] for linear in inputs),
-            scores=rows * attention.n_heads * length**2 * dtype.size if kept else 0,
+            scores=0 if fused(dtype) else rows * attention.n_heads * length**2 * dtype.size,
             attended=cell * width,
             gate_up=one * sum(widths(linear)[1] for linear in feeding),
             output_inputs=positions * input_bytes(dtype, *outputs),

@@ -11,9 +11,9 @@ on all linear layers. A step with a frozen base multiplies 436 million times for
 | `mlp` | h twice, queries, keys, values, their result | 37 | also gate and up: 117 million, 27 % of a step |
 | `block` | h | 8 | all but the last product: 159 million, 37 % of a step |
 
-So `selective` runs no product with a weight again, and keeps what such products give. `attention` helps where the
-scores are kept, rows · heads · length² of them (`attention.py`); there `selective` and `mlp` run attention again too, and
-keep no result of it. Fused kernels keep no scores.
+So `selective` runs no product with a weight again, and keeps what such products give. Where attention is not fused, its
+scores are kept by `none` too, rows · heads · length² of them a layer, and `selective` and `mlp` run attention again as
+well: on CPUs and Metal, and on CUDA in float32 (`attention.py`).
 """
 
 from collections.abc import Callable

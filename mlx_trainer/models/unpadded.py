@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_trainer.models.attention import causal_attention, keeps_scores
+from mlx_trainer.models.attention import causal_attention, fused
 from mlx_trainer.models.gather import take_rows
 from mlx_trainer.models.lora import dropout_keys, project
 from mlx_trainer.models.recomputation import Policy, run_again, run_once
@@ -79,8 +79,7 @@ def attention(
         return out
 
     queries, keys, values = cheap(projected, norm, layer.q_proj, layer.k_proj, layer.v_proj)(h)
-    rows, length, _ = queries.shape
-    if policy == "attention" or (cheap is run_again and keeps_scores(rows, layer.n_heads, length, h.dtype)):
+    if policy == "attention" or (cheap is run_again and not fused(h.dtype)):
         result: mx.array = run_again(lambda *rows: out(attended(*rows)), layer.o_proj)(queries, keys, values)
     else:
         result = cheap(out, layer.o_proj)(attended(queries, keys, values))

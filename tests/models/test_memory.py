@@ -14,7 +14,7 @@ from mlx_trainer import Trainer, runtime
 from mlx_trainer.callbacks import GradientClipping, NaNGuard
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.data.batches.unpadded import UnpaddedBatch
-from mlx_trainer.models import CausalLMModule, ModelError, attention, memory
+from mlx_trainer.models import CausalLMModule, ModelError, memory
 from mlx_trainer.models.memory import choose, estimate
 from mlx_trainer.models.recomputation import POLICIES, Policy
 from tests.models.batches import labelled
@@ -80,16 +80,13 @@ def peaks(module: CausalLMModule, batch: UnpaddedBatch) -> dict[Policy, int]:
     return {policy: estimate(module.model, batch, optimizer, policy).peak for policy in POLICIES}
 
 
-@pytest.mark.parametrize("kept_scores", [True, False])
-def test_as_little_runs_again_as_fits(
-    module: CausalLMModule, monkeypatch: pytest.MonkeyPatch, kept_scores: bool
-) -> None:
-    """With ever less memory the choice goes through all policies, without `attention` where no scores are kept."""
-    if not kept_scores:
-        monkeypatch.setattr(attention, "KEPT_SCORES", 0)
+@pytest.mark.parametrize("fused", [False, True])
+def test_as_little_runs_again_as_fits(module: CausalLMModule, monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """With ever less memory the choice goes through all policies, without `attention` where that is fused."""
+    monkeypatch.setattr(memory, "fused", lambda dtype: fused)
     batch, optimizer = batch_of_size(8, 32), module.configure_optimizer(10)
     needed = peaks(module, batch)
-    order = [policy for policy in POLICIES if kept_scores or policy != "attention"]
+    order = [policy for policy in POLICIES if not fused or policy != "attention"]
     assert sorted(order, key=lambda policy: -needed[policy]) == order
 
     def chosen(limit: float) -> str:
