@@ -90,7 +90,7 @@ def parts_of(model: Any, batch: Any, arguments: argparse.Namespace) -> list[Part
     rows = [to_rows(value)[0] for value in (x, narrow, narrow)]
 
     def within(*projected: mx.array) -> mx.array:
-        return attend(attention, *projected, None)[0]
+        return attend(attention, None, *projected)[0]
 
     return [
         ("two norms", lambda x: layer.post_attention_layernorm(layer.input_layernorm(x)), [x]),

@@ -151,7 +151,8 @@ def build_module(config: Config) -> CausalLMModule:
         "warmup_steps": training.warmup_steps,
         "weight_decay": training.weight_decay,
     }
-    arguments = base_arguments(config.model) | optimization | {"lora": lora, "seed": config.data.seed}
+    own = {"lora": lora, "recompute": training.recompute, "seed": config.data.seed}
+    arguments = base_arguments(config.model) | optimization | own
     module = CausalLMModule(config.model.model_name, **arguments)
     if lora is not None and module.settings["model_type"] == "mistral":
         return MistralLoRAModule(config.model.model_name, **arguments)

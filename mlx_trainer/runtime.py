@@ -181,16 +181,18 @@ def memory_bytes() -> MemoryBytes:
     return MemoryBytes(active, cache, max(peak, active), active + cache, max(available, 0), limit)
 
 
-def bound_cache() -> None:
-    """Let MLX keep a sixteenth of a GPU's memory for arrays to come; by itself it keeps most of the card.
+def bound_cache(needed: int = 0) -> None:
+    """Let MLX keep as much memory for arrays to come as a step that needs `needed` bytes leaves free.
 
-    Batches of several shapes need arrays of many sizes. A bound of 8 GB cost an epoch of seven shapes nothing that
-    showed on an H200.
+    At most a sixteenth of a GPU's memory (by itself MLX keeps most of the card), and at least an eighth of that, since
+    equal steps would else ask the driver for memory again and again. Batches of several shapes need arrays of many
+    sizes. A bound of 8 GB cost an epoch of seven shapes nothing that showed on an H200; on Metal it was not tried.
     """
     import mlx.core as mx
 
-    if backend() == "cuda":
-        mx.set_cache_limit(memory_limit_bytes() // 16)
+    if backend() != "cpu":
+        limit = memory_limit_bytes()
+        mx.set_cache_limit(min(limit // 16, max(limit - needed, limit // 128)))
 
 
 def attention_step() -> int:

@@ -7,6 +7,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlx.core as mx
 import pytest
+from hypothesis import settings
+
+settings.register_profile("no deadline", deadline=None)  # cores are shared: a single slow example means nothing
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True, scope="session")

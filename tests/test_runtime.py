@@ -224,6 +224,23 @@ def test_a_gpus_memory(monkeypatch: pytest.MonkeyPatch, backend: str, limit: int
     assert runtime.memory_bytes() == expected
 
 
+@pytest.mark.parametrize(
+    ("backend", "needed", "bound"),
+    [("cuda", 0, 8_000), ("cuda", 125_000, 3_000), ("metal", 200_000, 1_000), ("cpu", 0, None)],
+    ids=["nothing known", "what a step leaves", "at least", "cpu"],
+)
+def test_the_cache_leaves_room_for_a_step(
+    monkeypatch: pytest.MonkeyPatch, backend: str, needed: int, bound: int | None
+) -> None:
+    """A sixteenth of a GPU's memory, less where a step needs more, a 128th at least; on CPUs MLX's own bound."""
+    bounds: list[int] = []
+    monkeypatch.setattr(runtime, "backend", lambda: backend)
+    monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: 128_000)
+    monkeypatch.setattr(mx, "set_cache_limit", bounds.append)
+    runtime.bound_cache(needed)
+    assert bounds == ([] if bound is None else [bound])
+
+
 def test_names() -> None:
     """The backend is one of three, follows the default device, and the device has a name."""
     assert runtime.backend() in ("metal", "cuda", "cpu")

@@ -27,6 +27,11 @@ def _contradictions(config: "Config") -> Iterator[str]:
             "training.method full would lose its small updates in model.dtype float16; "
             "set model.dtype to float32 or bfloat16"
         )
+    if data.layout == "padded" and config.training.recompute not in ("auto", "none"):
+        yield (
+            f"training.recompute {config.training.recompute} needs unpadded batches; "
+            "set data.layout to auto, or training.recompute to auto or none"
+        )
     if config.evaluation.patience is not None and not _has_validation(config):
         yield (
             "evaluation.patience needs a held-out loss, and there are no held-out rows: "

@@ -63,6 +63,9 @@ class TrainingConfig:
     warmup_steps: int = option("Steps over which the learning rate rises to its highest", 100, NOT_NEGATIVE)
     weight_decay: float = option("Share of the weights taken off, times the learning rate", 0.01, SHARE)
     max_grad_norm: float | None = option("Gradients are scaled down to this global norm", 1.0, Range(above=0))
+    recompute: Literal["auto", "none", "attention", "selective", "mlp", "block"] = option(
+        "What the backward pass computes again to save memory; auto: as little as fits", "auto"
+    )
     save_steps: int = option("Steps between checkpoints", 100, COUNT)
     keep_last: int = option("Newest checkpoints that stay on disk", 3, COUNT)
     keep_best: bool = option("Save each lowest held-out loss, and keep the lowest of all", True)

@@ -34,6 +34,11 @@ def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, scale:
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
 
 
+def fused(dtype: mx.Dtype) -> bool:
+    """Whether a kernel trains that never has the scores: cuDNN's, in 16 bits. All others keep them for the gradient."""
+    return runtime.backend() == "cuda" and dtype != mx.float32
+
+
 def keeping(scale: float) -> Callable[..., Any]:
     """Attention that returns its output, e and 1 / z; see above."""
 

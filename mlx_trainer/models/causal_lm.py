@@ -13,13 +13,14 @@ from mlx.optimizers import Optimizer
 
 from mlx_trainer import runtime
 from mlx_trainer.config import LoRAConfig
-from mlx_trainer.models import adapters, generation, loading, source
+from mlx_trainer.models import adapters, generation, loading, memory, source
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.head import head_loss
 from mlx_trainer.models.hf_config import ModelSettings, read_config
 from mlx_trainer.models.lora import inject_lora, unfreeze
 from mlx_trainer.models.loss import next_token_loss
 from mlx_trainer.models.parameters import ParameterStats, parameter_stats
+from mlx_trainer.models.recomputation import POLICIES, Policy
 from mlx_trainer.models.unpadded import hidden_states, takes_unpadded
 from mlx_trainer.module import LossOutput, TrainerModule
 from mlx_trainer.optim import build_optimizer
@@ -47,16 +48,19 @@ class CausalLMModule(TrainerModule):
         schedule: str = "cosine",
         warmup_steps: int = 100,
         weight_decay: float = 0.01,
+        recompute: Policy | Literal["auto"] = "auto",
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         trust_remote_code: bool = False,
         seed: int = 42,
     ) -> None:
         check_dtype(dtype, full=lora is None)
+        check_recompute(recompute)
         self.name = os.fspath(model_name_or_path)
         self.lora = lora
         self.dtype = dtype
         self.max_seq_length = max_seq_length
+        self.recompute = recompute
         self.revision = revision
         self.cache_dir = cache_dir
         self.trust_remote_code = trust_remote_code
@@ -70,6 +74,8 @@ class CausalLMModule(TrainerModule):
             "weight_decay": weight_decay,
         }
         self._model: nn.Module | None = None
+        self._told: set[Policy] = set()
+        self._needed = 0
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]
@@ -131,10 +137,35 @@ class CausalLMModule(TrainerModule):
         """Return the summed next-token loss; in eval mode with `token_accuracy`, whose argmax training is spared.
 
         An unpadded batch takes a forward of its own (`unpadded.py`), which `takes_unpadded` allows, and no `forward`.
+        Raises ModelError where parts of a padded batch's forward are to be run again.
         """
         if hasattr(batch, "cells"):
-            return head_loss(self.model, hidden_states(self.model, batch), batch, self.settings["vocab_size"])
+            states = hidden_states(self.model, batch, self.recomputation(batch))
+            return head_loss(self.model, states, batch, self.settings["vocab_size"])
+        if self.model.training and self.recompute not in ("auto", "none"):
+            raise ModelError(f'recompute="{self.recompute}" needs unpadded batches; use "auto" or "none".')
         return next_token_loss(self.forward(batch), batch.labels, accuracy=not self.model.training)
+
+    def recomputation(self, batch: Any) -> Policy:
+        """What the gradient of unpadded batches of this shape runs again: `recompute`, for "auto" as little as fits.
+
+        It is told, with the memory that is needed, at the first batch and where another shape needs another policy.
+        """
+        if not self.model.training:
+            return "none"
+        limit, optimizer = runtime.memory_limit_bytes(), self.configure_optimizer(1_000_000)
+        if self.recompute == "auto":
+            chosen = memory.choose(self.model, batch, optimizer, limit)
+        else:
+            chosen = memory.estimate(self.model, batch, optimizer, self.recompute)
+        if chosen.policy not in self._told:
+            log.info("%s", chosen.line(limit))
+        if self._needed <= limit < chosen.peak:
+            log.warning("More memory than there is: use smaller batches, shorter rows, or a 4-bit model.")
+        self._told.add(chosen.policy)
+        self._needed = max(self._needed, chosen.peak)
+        runtime.bound_cache(self._needed)
+        return chosen.policy
 
     def predict(self, batch: Any) -> mx.array:
         """Return the logits of a batch."""
@@ -200,6 +231,12 @@ class CausalLMModule(TrainerModule):
 
     def _directory(self, files: Sequence[str]) -> Path:
         return source.resolve(self.name, revision=self.revision, cache_dir=self.cache_dir, files=files)
+
+
+def check_recompute(recompute: str) -> None:
+    """Raise ModelError for an unknown policy."""
+    if recompute not in ("auto", *POLICIES):
+        raise ModelError(f"recompute {recompute!r} is unknown; it is one of auto, {', '.join(POLICIES)}.")
 
 
 def check_dtype(dtype: str, *, full: bool) -> None:

@@ -52,7 +52,7 @@ def project(x: mx.array, *layers: nn.Module, keys: Sequence[mx.array | None] | N
         return tuple(layer(x) for layer in layers)
     keys = dropout_keys(*layers) if keys is None else keys
     together.sort(key=lambda i: type(layers[i]) is not LoRALinear)  # the adapted ones first
-    adapters = [adapter_of(layers[i], keys[i], x.shape) for i in together if type(layers[i]) is LoRALinear]
+    adapters = [adapter_of(layers[i], keys[i], x) for i in together if type(layers[i]) is LoRALinear]
     shared = dict(zip(together, products(x, [base_of(layers[i]) for i in together], adapters), strict=True))
     return tuple(shared[i] if i in shared else layer(x) for i, layer in enumerate(layers))
 
@@ -89,11 +89,12 @@ def dropout_of(layer: Any) -> float:
     return 1 - dropout._p_1 if dropout is not None and dropout.training else 0.0
 
 
-def adapter_of(layer: Any, key: mx.array | None, shape: Sequence[int]) -> Adapter:
-    """The adapter of `layer`, with dropout drawn from `key` for an x of `shape`."""
+def adapter_of(layer: Any, key: mx.array | None, x: mx.array) -> Adapter:
+    """The adapter of `layer`, with dropout of `x` drawn from `key`."""
     if key is None:
         return Adapter(layer.lora_a, layer.lora_b, layer.scale)
-    mask, share = kept(shape, dropout_of(layer), key)
+    # Without the dependency a compiled step would merge equal draws, and keep the mask of what is computed again.
+    mask, share = kept(x.shape, dropout_of(layer), mx.depends(key, mx.stop_gradient(x)))
     return Adapter(layer.lora_a, layer.lora_b, layer.scale / share, mask)
 
 

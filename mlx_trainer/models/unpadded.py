@@ -11,17 +11,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_trainer.models.attention import causal_attention
+from mlx_trainer.models.attention import causal_attention, fused
 from mlx_trainer.models.gather import take_rows
-from mlx_trainer.models.lora import project
+from mlx_trainer.models.lora import dropout_keys, project
+from mlx_trainer.models.recomputation import Policy, run_again, run_once
 from mlx_trainer.runtime import sigmoid
 
 LLAMAS = ("llama", "mistral")
 """Model types that mlx-lm builds with its Llama."""
 
 Rearrange = Callable[..., Any]
-Context = tuple[mx.array, mx.array]
+Seen = tuple[mx.array, mx.array]
 """Keys and values."""
+Keys = tuple[mx.array | None, ...]
+"""One random key for each layer that drops some of its input."""
 
 
 def takes_unpadded(settings: Mapping[str, Any]) -> bool:
@@ -29,36 +32,62 @@ def takes_unpadded(settings: Mapping[str, Any]) -> bool:
     return settings["model_type"] in LLAMAS and "sliding_attention" not in (settings.get("layer_types") or ())
 
 
-def hidden_states(model: Any, batch: Any) -> mx.array:
-    """The last hidden states, (positions, hidden), of an unpadded batch."""
+def hidden_states(model: Any, batch: Any, policy: Policy = "none") -> mx.array:
+    """The last hidden states, (positions, hidden), of an unpadded batch; `policy` says what the gradient runs again."""
     to_rows, to_positions = rearrangements(batch)
     h = model.model.embed_tokens(batch.input_ids)
     for layer in model.model.layers:
-        h = block(layer, h, to_rows, to_positions)
+        h = block(layer, h, to_rows, to_positions, policy)
     states: mx.array = model.model.norm(h)
     return states
 
 
-def block(layer: Any, h: mx.array, to_rows: Rearrange, to_positions: Rearrange) -> mx.array:
+def block(layer: Any, h: mx.array, to_rows: Rearrange, to_positions: Rearrange, policy: Policy = "none") -> mx.array:
     """One layer of the model; `h` and the result are (positions, hidden)."""
-    h = h + attention(layer.self_attn, layer.input_layernorm(h), to_rows, to_positions)
-    return h + feed_forward(layer.mlp, layer.post_attention_layernorm(h))
+    mixer, mlp = layer.self_attn, layer.mlp
+    # Drawn before anything that may run again, and alike whatever the policy is.
+    mixing = dropout_keys(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
+    feeding = dropout_keys(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    inner: Policy = "none" if policy == "block" else policy
+
+    def whole(h: mx.array) -> mx.array:
+        h = h + attention(mixer, layer.input_layernorm, h, to_rows, to_positions, mixing, inner)
+        return h + feed_forward(mlp, layer.post_attention_layernorm, h, feeding, inner)
+
+    result: mx.array = (run_again if policy == "block" else run_once)(whole, layer)(h)
+    return result
 
 
-def attention(layer: Any, x: mx.array, to_rows: Rearrange, to_positions: Rearrange) -> mx.array:
-    """Attention within each row and to its prefix; `x` and the result are (positions, hidden)."""
-    projected = map(to_rows, project(x, layer.q_proj, layer.k_proj, layer.v_proj))
-    before, mixed = None, []
-    for queries, keys, values in zip(*projected, strict=True):
-        rows, before = attend(layer, queries, keys, values, before)
-        mixed.append(rows)
-    (attended,) = project(to_positions(*mixed), layer.o_proj)
-    return attended
+def attention(
+    layer: Any, norm: Any, h: mx.array, to_rows: Rearrange, to_positions: Rearrange, dropout: Keys, policy: Policy
+) -> mx.array:
+    """Attention of `norm(h)` within each row and to its prefix; `h` and the result are (positions, hidden)."""
+    cheap = run_again if policy in ("selective", "mlp") else run_once
+
+    def projected(h: mx.array) -> tuple[mx.array, ...]:
+        """Queries, keys and values of the prefixes, if there are any, and of the rows."""
+        inputs = project(norm(h), layer.q_proj, layer.k_proj, layer.v_proj, keys=dropout[:3])
+        return tuple(part for parts in zip(*map(to_rows, inputs), strict=True) for part in parts)
+
+    def attended(*parts: mx.array) -> tuple[mx.array, ...]:
+        mixed, seen = attend(layer, None, *parts[:3])
+        return (mixed, attend(layer, seen, *parts[3:])[0]) if parts[3:] else (mixed,)
+
+    def out(*mixed: mx.array) -> mx.array:
+        (out,) = project(to_positions(*mixed), layer.o_proj, keys=dropout[3:])
+        return out
+
+    parts = cheap(projected, norm, layer.q_proj, layer.k_proj, layer.v_proj)(h)
+    if policy == "attention" or (cheap is run_again and not fused(h.dtype)):
+        result: mx.array = run_again(lambda *parts: out(*attended(*parts)), layer.o_proj)(*parts)
+    else:
+        result = cheap(out, layer.o_proj)(*attended(*parts))
+    return result
 
 
 def attend(
-    layer: Any, queries: mx.array, keys: mx.array, values: mx.array, before: Context | None
-) -> tuple[mx.array, Context]:
+    layer: Any, before: Seen | None, queries: mx.array, keys: mx.array, values: mx.array
+) -> tuple[mx.array, Seen]:
     """Attention of rows (rows, length, d) to themselves and to what stands `before` them; and what they leave behind.
 
     Keys and values of prefixes are (groups, heads, prefix, d), each for as many rows that follow each other.
@@ -79,12 +108,24 @@ def attend(
     return mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1), seen
 
 
-def feed_forward(mlp: Any, x: mx.array) -> mx.array:
-    """`down(silu(gate(x)) · up(x))`."""
-    gate, up = project(x, mlp.gate_proj, mlp.up_proj)
-    gated: mx.array = swiglu(gate, up)  # type: ignore[assignment]  # its stub says that it returns an object
-    (out,) = project(gated, mlp.down_proj)
-    return out
+def feed_forward(mlp: Any, norm: Any, h: mx.array, dropout: Keys, policy: Policy) -> mx.array:
+    """`down(silu(gate(x)) · up(x))` for x = `norm(h)`."""
+    cheap = run_again if policy == "selective" else run_once
+
+    def projected(h: mx.array) -> tuple[mx.array, ...]:
+        return project(norm(h), mlp.gate_proj, mlp.up_proj, keys=dropout[:2])
+
+    def out(gate: mx.array, up: mx.array) -> mx.array:
+        gated: mx.array = swiglu(gate, up)  # type: ignore[assignment]  # its stub says that it returns an object
+        (out,) = project(gated, mlp.down_proj, keys=dropout[2:])
+        return out
+
+    def whole(h: mx.array) -> mx.array:
+        result: mx.array = cheap(out, mlp.down_proj)(*cheap(projected, norm, mlp.gate_proj, mlp.up_proj)(h))
+        return result
+
+    result: mx.array = (run_again if policy == "mlp" else run_once)(whole, norm, mlp)(h)
+    return result
 
 
 @mx.custom_function
@@ -95,7 +136,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 @swiglu.vjp
 def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
-    gate, up = primals
+    gate, up = mx.depends(list(primals), [cotangent])  # else a compiled step keeps the first sigmoid for this one
     gated = sigmoid(gate)
     silu = gate * gated
     return cotangent * up * (gated + silu * (1 - gated)), cotangent * silu

@@ -16,6 +16,11 @@ DATA: dict[str, object] = {"data.dataset_path": "chats.jsonl"}
             "set model.dtype to float32 or bfloat16",
         ),
         (
+            {"training.recompute": "mlp", "data.layout": "padded"},
+            "training.recompute mlp needs unpadded batches; "
+            "set data.layout to auto, or training.recompute to auto or none",
+        ),
+        (
             {"evaluation.patience": 3, "data.train_split": 1},
             "evaluation.patience needs a held-out loss, and there are no held-out rows: "
             "set data.train_split below 1 or data.validation_path",

@@ -384,6 +384,6 @@ def test_only_x_and_what_the_adapters_made_of_it_are_kept(dropout: float, bits: 
     mx.enable_compile()
     mask_bytes = X_BYTES // 4 if dropout else 0
     needed = X_BYTES + 2 * (mask_bytes + LOW_BYTES + GRADIENT_BYTES)
-    assert growth_of_peak(project, dropout, bits, compiled) <= 1.3 * needed  # the queue's part differs by turn
+    assert growth_of_peak(project, dropout, bits, compiled) <= 1.5 * needed  # the queue's part differs by turn
     if dropout:
         assert growth_of_peak(lambda x, *layers: [layer(x) for layer in layers], dropout, bits, compiled) >= 2 * X_BYTES

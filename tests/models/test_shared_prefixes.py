@@ -19,8 +19,9 @@ from mlx_trainer.data.report import report_on
 from mlx_trainer.data.samples.conversation import DataError
 from mlx_trainer.data.store.store import TokenRow
 from mlx_trainer.models import CausalLMModule
+from mlx_trainer.models.recomputation import POLICIES, Policy
 from mlx_trainer.traced import from_tree, to_tree
-from tests.models.test_unpadded import LINEARS, compare, module_of
+from tests.models.test_unpadded import LINEARS, compare, loss_and_gradients, module_of
 from tests.tiny import tiny_mistral
 
 TURN = ("user", "assistant")
@@ -72,6 +73,24 @@ def test_equals_padded(
     for quick in (False, True):
         with patch.object(runtime, "slow_exp", lambda quick=quick: quick):
             compare(module, rows, shape_of(own, prefix, each, groups, spare), quick)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_equals_padded_when_run_again(tmp_path: Path, policy: Policy) -> None:
+    """Whatever the backward pass runs again."""
+    tiny_mistral(tmp_path)
+    lora = LoRAConfig(rank=4, dropout=0.0, target_modules=LINEARS)
+    again = module_of(tmp_path, lora=lora, recompute=policy)
+    own = [3, 5, 4, 2, 6]
+    with patch.object(runtime, "slow_exp", lambda: False):
+        rows, shape = sharing_rows(own, 16, 3, 0), shape_of(own, 16, 3, 2, 1)
+        plain = module_of(tmp_path, lora=lora, recompute="none")
+        expected = loss_and_gradients(plain, collate_unpadded(rows, shape, 30))
+        found = loss_and_gradients(again, collate_unpadded(rows, shape, 30))
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    largest = max(mx.abs(value).max().item() for value in expected[2].values())
+    for name, value in expected[2].items():
+        assert mx.abs(found[2][name] - value).max().item() <= 1e-5 * mx.abs(value).max().item() + 1e-6 * largest, name
 
 
 def test_a_longer_prefix_is_computed_once() -> None:

@@ -1,0 +1,127 @@
+"""What each recomputation policy costs and saves, and how near the memory estimate is, on a Mistral-7B shape.
+
+    python benchmarks/recomputation.py                                  # an NVIDIA GPU or a large Mac
+    python benchmarks/recomputation.py --hidden 128 --layers 8 --dtype float32 --shapes 2x64 4x64 --steps 2   # on a CPU
+
+Random weights, made in memory; adapters of rank 16; the trainer's compiled step with AdamW, clipping and the NaN guard.
+For each shape, rows x length, and each policy: the median time of a step after two, the peak, and the estimate.
+"""
+
+import argparse
+import itertools
+import time
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_trainer import LoRAConfig, runtime
+from mlx_trainer.callbacks import GradientClipping, NaNGuard
+from mlx_trainer.data.batches.shapes import Shape
+from mlx_trainer.data.batches.unpadded import UnpaddedBatch, collate_unpadded
+from mlx_trainer.data.store.store import TokenRow
+from mlx_trainer.models import CausalLMModule
+from mlx_trainer.models.memory import estimate
+from mlx_trainer.models.recomputation import POLICIES
+from mlx_trainer.step import TrainStep
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {"qv": ["q_proj", "v_proj"], "all": ALL_LINEAR}
+VOCABULARY = 32768
+
+
+class RandomMistral(CausalLMModule):
+    """A module whose base is made, not loaded."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        lora = LoRAConfig(rank=16, alpha=32, dropout=arguments.dropout, target_modules=TARGETS[arguments.targets])
+        super().__init__("random", lora=lora, dtype=arguments.dtype, warmup_steps=0, schedule="constant")
+        heads = max(arguments.hidden // 128, 4)
+        self.settings = {
+            "model_type": "mistral",
+            "hidden_size": arguments.hidden,
+            "num_hidden_layers": arguments.layers,
+            "intermediate_size": int(arguments.hidden * 3.5),
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 4,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": VOCABULARY,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": False,
+        }
+        self.bits = arguments.bits
+
+    def load_model(self) -> nn.Module:
+        """Random weights, layer by layer, so that those in float32 never exist all at once."""
+        from mlx_lm.models.llama import Model, ModelArgs
+
+        model = Model(ModelArgs.from_dict(self.settings))
+        model.set_dtype(getattr(mx, self.dtype))
+        if self.bits:
+            nn.quantize(model, group_size=64, bits=self.bits)
+        for layer in [*model.model.layers, model]:
+            mx.eval(layer.parameters())
+        return model
+
+
+def batch_of(rows: int, length: int) -> UnpaddedBatch:
+    """Equal rows of random ids, two thirds of each trained."""
+    random = np.random.default_rng(0)
+    trained = np.arange(length) >= length // 3
+    trained[0] = False
+    made = [TokenRow(f"{i}", random.integers(0, VOCABULARY, length).astype(np.int32), trained) for i in range(rows)]
+    return collate_unpadded(made, Shape(rows, length, rows * length), rows * int(trained.sum()) + 1)
+
+
+def measure(module: CausalLMModule, batch: UnpaddedBatch, steps: int) -> tuple[float, float]:
+    """Median milliseconds of a step after two, and the peak in GB."""
+    optimizer = module.configure_optimizer(None)
+    optimizer.init(module.model.trainable_parameters())
+    clipping, guard = GradientClipping(), NaNGuard()
+    step = TrainStep(module, optimizer, 1, [clipping.transform_gradients], [guard.accept_update])
+    mx.synchronize()
+    mx.reset_peak_memory()
+    times = []
+    for _ in range(2 + steps):
+        start = time.perf_counter()
+        mx.eval(step([batch]).total, module.model.trainable_parameters())
+        times.append((time.perf_counter() - start) * 1e3)
+    return float(np.median(times[2:])), mx.get_peak_memory() / 1e9
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--targets", choices=list(TARGETS), default="qv")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--bits", type=int, help="pack the base")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--shapes", nargs="+", default=["2x1024", "4x1024", "8x1024"], help="rows x length")
+    parser.add_argument("--steps", type=int, default=5)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure all policies on all shapes, and print a table."""
+    arguments = parse()
+    module: Any = RandomMistral(arguments)
+    module.setup("fit")
+    mx.eval(module.model.parameters())
+    print(f"{runtime.device_name()}, {runtime.backend()}: {vars(arguments)}\n")
+    print(
+        "| rows x length | recompute | ms a step | peak GB | estimate GB | estimate / peak |\n|---|---|---|---|---|---|"
+    )
+    for shape, policy in itertools.product(arguments.shapes, POLICIES):
+        batch = batch_of(*map(int, shape.split("x")))
+        module.recompute = policy
+        expected = estimate(module.model, batch, module.configure_optimizer(None), policy).peak / 1e9
+        milliseconds, peak = measure(module, batch, arguments.steps)
+        ratio = expected / peak
+        print(f"| {shape} | {policy} | {milliseconds:,.1f} | {peak:.3g} | {expected:.3g} | {ratio:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""What a training step of the unpadded Llama path needs at its peak, told from shapes alone before it runs.
+
+    peak = weights + optimizer state + max(kept for gradients + in flight, what the update makes anew)
+
+Weights and state are exact, and what is kept is counted, array by array, for a compiled step (`BlockBytes.kept`). What
+is in flight, results of operations that are queued or have just run, is fitted to measured peaks (`InFlight`).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+from attrs import frozen
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten
+
+from mlx_trainer import runtime
+from mlx_trainer.models.attention import fused
+from mlx_trainer.models.head import head_of, part_size
+from mlx_trainer.models.lora import LoRALinear, base_of, dimensions, dropout_of
+from mlx_trainer.models.recomputation import POLICIES, Policy
+
+MARGIN = 0.1
+"""The share of memory that `auto` leaves free: the estimate's error, and what other programs take."""
+
+
+@frozen
+class InFlight:
+    """So many times a block's arrays, its scores, and its adapters' results are in flight."""
+
+    arrays: float
+    scores: float
+    adapters: float = 0.0
+
+
+# MLX queues about a hundred operations on a CPU, one or two blocks' worth. Fitted to the peaks of compiled steps there:
+# float32, hidden 64 to 192, 6 to 16 layers, 256 to 1,024 positions.
+IN_FLIGHT: Mapping[Policy, InFlight] = {
+    "none": InFlight(2.5, 1.0),
+    "attention": InFlight(2.1, 2.2),
+    "selective": InFlight(2.3, 1.9),
+    "mlp": InFlight(2.6, 1.9),
+    "block": InFlight(2.4, 2.9, 0.5),
+}
+LOGITS_IN_FLIGHT = 4.0
+"""The same for the head: so many times a part's logits in float32."""
+QUEUE: Mapping[runtime.Backend, float] = {"cpu": 1.0, "cuda": 2.1, "metal": 2.1}
+"""How much more is in flight than on a CPU. CUDA: from two peaks of a 7B shape on an H200 with buffers of 100 MB and
+nothing run again, less what a compiled SwiGLU kept then; no policy was measured there. Metal: a guess."""
+
+
+@frozen
+class MemoryEstimate:
+    """The peak of a step in bytes, and its parts: what trains is counted in `weights`.
+
+    `update` is what the update makes anew, parameters and state; each gradient is given back as it is used.
+    """
+
+    policy: Policy
+    weights: int
+    state: int
+    kept: int
+    in_flight: int
+    update: int
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that are held at once."""
+        return self.weights + self.state + max(self.kept + self.in_flight, self.update)
+
+    def line(self, limit: int) -> str:
+        """The estimate beside a `limit` in bytes, for people."""
+        peak, *parts = (f"{n / 1e9:.3g}" for n in (self.peak, self.weights, self.state, self.kept, self.in_flight))
+        names = ("weights", "optimizer", "kept for gradients", "in flight")
+        told = ", ".join(f"{name} {part}" for name, part in zip(names, parts, strict=True))
+        return f"Memory: about {peak} GB of {limit / 1e9:.3g} GB ({told}); recompute: {self.policy}."
+
+
+def choose(model: Any, batch: Any, optimizer: Optimizer, limit: int) -> MemoryEstimate:
+    """The first policy, in the order of their cost, that leaves `MARGIN` of `limit` bytes free; else the leanest.
+
+    A function of shapes and the limit alone, so that a continued run chooses what it chose before. `attention` is left
+    out where its kernel is fused: `selective` costs less there and saves more.
+    """
+    estimates = [estimate(model, batch, optimizer, policy) for policy in POLICIES]
+    if fused(activations(model)):
+        estimates = [one for one in estimates if one.policy != "attention"]
+    fitting = (one for one in estimates if one.peak <= (1 - MARGIN) * limit)
+    return next(fitting, min(estimates, key=lambda one: one.peak))
+
+
+def estimate(model: Any, batch: Any, optimizer: Optimizer, policy: Policy) -> MemoryEstimate:
+    """What a step of `model` needs with `policy`, for an unpadded batch of this shape; nothing is computed.
+
+    `optimizer` is given a new state. A sum of several micro-batches' gradients is not counted: for adapters it is next
+    to nothing.
+    """
+    blocks = [BlockBytes.of(layer, batch, activations(model)) for layer in model.model.layers]
+    trained = model.trainable_parameters()
+    optimizer.init(trained)
+    state = size(optimizer.state)
+    head_kept, logits = head_bytes(model, batch)
+    queued = max(block.in_flight(policy) for block in blocks) + LOGITS_IN_FLIGHT * logits
+    return MemoryEstimate(
+        policy=policy,
+        weights=size(model.parameters()),
+        state=state,
+        kept=sum(block.kept(policy) for block in blocks) + head_kept,
+        in_flight=int(QUEUE[runtime.backend()] * queued),
+        update=size(trained) + state,
+    )
+
+
+@frozen
+class BlockBytes:
+    """The arrays of one block in bytes: its results, and what the gradients of its linear layers need of their inputs.
+
+    `hidden` is that of one array (positions, hidden), `scores` those that attention keeps, `attended` its result,
+    `adapted` what adapters add, `dense` the weights of packed layers.
+    """
+
+    hidden: int
+    queries_keys_values: int
+    scores: int
+    attended: int
+    gate_up: int
+    output_inputs: int
+    other_inputs: int
+    adapted: int
+    dense: int
+
+    @classmethod
+    def of(cls, layer: Any, batch: Any, dtype: mx.Dtype) -> "BlockBytes":
+        """Those of `layer`, whose attention computes the cells of all rows and everything else the positions."""
+        attention, mlp = layer.self_attn, layer.mlp
+        inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
+        outputs, feeding = (attention.o_proj,), (mlp.gate_proj, mlp.up_proj)
+        (rows, length), positions = batch.grid.shape, batch.input_ids.size
+        shared, seen = batch.groups * batch.prefix, batch.prefix + length
+        cells, seen_cells = rows * length + shared, rows * seen + shared
+        linears = [*inputs, *outputs, *feeding, mlp.down_proj]
+        adapters = [linear for linear in linears if isinstance(linear, LoRALinear)]
+        hidden, width = widths(attention.q_proj)
+        one = positions * dtype.size
+        return cls(
+            hidden=one * hidden,
+            queries_keys_values=dtype.size * (cells * width + seen_cells * sum(widths(one)[1] for one in inputs[1:])),
+            scores=0
+            if fused(dtype)
+            else attention.n_heads * (rows * length * seen + shared * batch.prefix) * dtype.size,
+            attended=cells * width * dtype.size,
+            gate_up=one * sum(widths(linear)[1] for linear in feeding),
+            output_inputs=positions * input_bytes(dtype, *outputs),
+            other_inputs=positions * sum(input_bytes(dtype, *alike) for alike in (inputs, feeding, (mlp.down_proj,))),
+            adapted=one * sum(widths(linear)[1] for linear in adapters),
+            dense=dtype.size * sum(math.prod(widths(linear)) for linear in linears if hasattr(base_of(linear), "bits")),
+        )
+
+    def kept(self, policy: Policy) -> int:
+        """What is kept from the forward to the backward pass."""
+        scored = self.scores + self.attended + self.output_inputs
+        lean = 2 * self.hidden + self.queries_keys_values
+        result = 0 if self.scores else self.attended  # else attention runs again
+        return {
+            "none": lean + scored + self.gate_up + self.other_inputs,
+            "attention": lean + self.gate_up + self.other_inputs,
+            "selective": lean + result + self.gate_up,
+            "mlp": lean + result,
+            "block": self.hidden,
+        }[policy]
+
+    def in_flight(self, policy: Policy) -> float:
+        """What is computed for this block and its neighbours and not yet given back, on a CPU."""
+        times, arrays = IN_FLIGHT[policy], 4 * self.hidden + self.queries_keys_values + self.gate_up
+        computed = times.arrays * arrays + times.scores * self.scores + times.adapters * self.adapted
+        return computed + self.dense
+
+
+def input_bytes(dtype: mx.Dtype, *layers: Any) -> int:
+    """Bytes a position of what the gradients of `layers` need of their input, and of adapters' first products."""
+    adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
+    needed = bool(adapted) or any("weight" in layer.trainable_parameters() for layer in layers)
+    low = sum(layer.lora_a.shape[1] for layer in adapted) * dtype.size
+    masks = sum(dropout_of(layer) > 0 for layer in adapted) * mx.bool_.size
+    return widths(layers[0])[0] * (needed * dtype.size + masks) + low
+
+
+def head_bytes(model: Any, batch: Any) -> tuple[int, int]:
+    """What the loss keeps, and the logits of one part in float32; with a head that trains, all logits are kept."""
+    _, module = head_of(model)
+    vocabulary, hidden = model.model.embed_tokens.weight.shape[0], model.model.norm.weight.size
+    predictions, dtype = batch.targets.size, activations(model)
+    logits = min(predictions, part_size(vocabulary)) * vocabulary * mx.float32.size
+    if tree_flatten(module.trainable_parameters()):
+        return predictions * vocabulary * (mx.float32.size + dtype.size), logits
+    return 2 * predictions * hidden * dtype.size, logits
+
+
+def activations(model: Any) -> mx.Dtype:
+    """The type that hidden states are in."""
+    kind: mx.Dtype = model.model.norm.weight.dtype
+    return kind
+
+
+def widths(layer: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer, adapted or not."""
+    linear: Any = base_of(layer)
+    return dimensions(linear)
+
+
+def size(tree: Any) -> int:
+    """Bytes of all arrays in a tree."""
+    leaves: Any = tree_flatten(tree)
+    return sum(value.nbytes for _, value in leaves)
