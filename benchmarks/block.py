@@ -4,7 +4,8 @@
     python benchmarks/block.py --hidden 256 --heads 4 --positions 1024 --rows 8 --length 128 --dtype float32    # a CPU
 
 Each part is the library's own function on random values, compiled; the whole is the block as `hidden_states` has it.
-What the parts' sum leaves of the whole is additions between them, and what MLX could not overlap or fuse.
+What the parts' sum leaves of the whole is additions between them, and what MLX could not overlap or fuse. A GPU that
+works for long gets hot and clocks down: block and one large product are measured for `--seconds` without a pause too.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from mlx_trainer.models.unpadded import attend, block, rearrangements, swiglu
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = {"none": [], "qv": ["q_proj", "v_proj"], "all": ALL_LINEAR}
 Part = tuple[str, Callable[..., Any], Sequence[mx.array]]
+Call = Callable[[], Any]
 
 
 def make_model(arguments: argparse.Namespace) -> Any:
@@ -107,35 +109,57 @@ def parts_of(model: Any, batch: Any, arguments: argparse.Namespace) -> list[Part
     ]
 
 
-def seconds(model: Any, part: Part, rounds: int) -> float:
-    """The median time of a forward and a backward pass with respect to the inputs and the adapters."""
+def call_of(model: Any, part: Part) -> Call:
+    """A forward and a backward pass, compiled: the outputs, and the gradients of inputs and adapters."""
     _, function, inputs = part
-    names, adapters = (
-        zip(*tree_flatten(model.trainable_parameters()), strict=True) if model.trainable_parameters() else ((), ())
-    )
-    frozen = model.parameters()
+    adapters: Any = dict(tree_flatten(model.trainable_parameters()))
 
     def called(*values: mx.array) -> list[mx.array]:
-        model.update(tree_unflatten(list(zip(names, values[len(inputs) :], strict=True))))
+        model.update(tree_unflatten(list(zip(adapters, values[len(inputs) :], strict=True))))
         result = function(*values[: len(inputs)])
         return list(result) if isinstance(result, (tuple, list)) else [result]
 
-    def both(*values: mx.array) -> list[mx.array]:
-        outputs = called(*values)
-        _, gradients = mx.vjp(called, list(values), [mx.ones_like(output) for output in outputs])
-        return gradients
+    def both(*values: mx.array) -> Any:
+        cotangents = [mx.ones_like(output) for output in called(*values)]
+        return mx.vjp(called, list(values), cotangents)
 
     compiled = mx.compile(both)
+    values = [*inputs, *adapters.values()]
+    mx.eval(compiled(*values))
+    model.update(tree_unflatten(list(adapters.items())))
+    return lambda: compiled(*values)
+
+
+def seconds(call: Call, rounds: int) -> float:
+    """The median time of a call, of several that are dispatched at once."""
     times = []
-    for _ in range(rounds + 3):
+    for _ in range(rounds + 1):
         mx.synchronize()
         start = time.perf_counter()
         for _ in range(4):
-            mx.async_eval(compiled(*inputs, *adapters))
+            mx.async_eval(call())
         mx.synchronize()
         times.append((time.perf_counter() - start) / 4)
-    model.update(frozen)
-    return float(np.median(times[3:]))
+    return float(np.median(times[1:]))
+
+
+def lasting(call: Call, for_s: float) -> float:
+    """The mean time of a call in the second half of so many seconds without a pause."""
+    times, start = [], time.perf_counter()
+    while time.perf_counter() - start < for_s:
+        for _ in range(8):
+            mx.async_eval(call())
+        mx.synchronize()
+        times.append(time.perf_counter())
+    middle = len(times) // 2
+    return (times[-1] - times[middle]) / (8 * max(len(times) - 1 - middle, 1))
+
+
+def large_product(arguments: argparse.Namespace) -> tuple[Call, float]:
+    """One large product, and its operations."""
+    size = 8192 if arguments.hidden > 1024 else 1024
+    a, b = (mx.random.normal((size, size)).astype(getattr(mx, arguments.dtype)) for _ in range(2))
+    return (lambda: a @ b.T), 2.0 * size**3
 
 
 def main() -> None:
@@ -150,6 +174,7 @@ def main() -> None:
     parser.add_argument("--targets", choices=list(TARGETS), default="qv")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=10.0)
     arguments = parser.parse_args()
     model, batch = make_model(arguments), make_batch(arguments)
     hidden, positions = arguments.hidden, arguments.positions
@@ -158,11 +183,19 @@ def main() -> None:
     work |= {"the block": sum(work.values()), "the head's loss": arguments.vocabulary / hidden * 2 / 3}
     print(f"{runtime.device_name()}, {arguments.dtype}, {positions:,} positions, adapters on {arguments.targets}\n")
     print("| forward and backward | ms | share of the block | TFLOP/s of its frozen products |\n|---|---|---|---|")
-    times = {part[0]: seconds(model, part, arguments.rounds) for part in parts_of(model, batch, arguments)}
+    calls = {part[0]: call_of(model, part) for part in parts_of(model, batch, arguments)}
+    times = {name: seconds(call, arguments.rounds) for name, call in calls.items()}
     for name, taken in times.items():
-        rate = f"{work[name] * operations / taken / 1e12:.0f}" if name in work else ""
+        rate = f"{work[name] * operations / taken / 1e12:.3g}" if name in work else ""
         share = "" if name == "the head's loss" else f"{taken / times['the block']:.2f}"
         print(f"| {name} | {1000 * taken:.3f} | {share} | {rate} |")
+    product, count = large_product(arguments)
+    mx.eval(product())
+    told = {"one large product": (product, count), "the block": (calls["the block"], work["the block"] * operations)}
+    print(f"\n| | TFLOP/s, some calls | for {arguments.seconds:.0f} s |\n|---|---|---|")
+    for name, (call, count) in told.items():
+        rates = [count / taken / 1e12 for taken in (seconds(call, 9), lasting(call, arguments.seconds))]
+        print(f"| {name} | {rates[0]:.3g} | {rates[1]:.3g} |")
 
 
 if __name__ == "__main__":

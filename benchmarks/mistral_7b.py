@@ -147,6 +147,7 @@ def peer(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     loader = data_of(folder, arguments, tokenizer).train_loader()
     rows = [row.ids.tolist() for row in loader.rows]
     accumulate = max(round(len(rows) / len(loader) / PEER_BATCH), 1)
+    rows = rows[: arguments.peer_rows]
     model, _ = load_model(folder / "base")
     model.freeze()
     keys = [f"{'mlp' if name in ALL_LINEAR[4:] else 'self_attn'}.{name}" for name in TARGETS[arguments.targets]]
@@ -182,7 +183,10 @@ def figures(rounds: list[float], tokens: int, rows_per_update: float) -> dict[st
 
 
 def limit(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tokens/s if a step were nothing but its matmuls, 4N operations a token, at the rate of one large product."""
+    """Tokens/s if a step were nothing but its matmuls, 4N operations a token, at the rate of one large product.
+
+    `benchmarks/block.py` has the lower rate at which a GPU computes such products for long.
+    """
     import mlx.core as mx
 
     size = 8192 if arguments.hidden > 1024 else 1024
@@ -228,6 +232,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--targets", choices=list(TARGETS), default="qv")
     parser.add_argument("--bits", type=int, help="pack the base")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--peer-rows", type=int, help="so many rows are enough for mlx_lm, whose rate does not change")
     parser.add_argument("--only", choices=list(RUNS), nargs="+", default=list(RUNS))
     parser.add_argument("--kernels", type=Path, help="keep CUDA kernels in this folder")
     parser.add_argument("--base", type=Path, help="keep the base in this folder")
