@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from mlx_trainer import _blas, runtime
@@ -234,11 +233,3 @@ def test_names() -> None:
         assert runtime.backend() == "cpu"
     finally:
         mx.set_default_device(device)
-
-
-def test_the_fast_exponential_is_exact_enough() -> None:
-    """Against float64, relative, over what a softmax asks for; 0 where float32 has nothing smaller."""
-    x = np.linspace(-30, 0, 100_001, dtype=np.float32)
-    actual = np.array(runtime.exp(mx.array(x))).astype(np.float64)
-    assert np.max(np.abs(actual / np.exp(x.astype(np.float64)) - 1)) < 2e-6
-    assert runtime.exp(mx.array([0.0, -200.0, -mx.inf])).tolist() == [1.0, 0.0, 0.0]

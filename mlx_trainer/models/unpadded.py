@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_trainer.models.attention import causal_attention
+from mlx_trainer.models.exponential import sigmoid
 from mlx_trainer.models.gather import take_rows
 from mlx_trainer.models.lora import project
-from mlx_trainer.runtime import sigmoid
 
 LLAMAS = ("llama", "mistral")
 """Model types that mlx-lm builds with its Llama."""
