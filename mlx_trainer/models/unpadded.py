@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_trainer.models.attention import causal_attention
 from mlx_trainer.models.exponential import sigmoid
-from mlx_trainer.models.gather import take_rows
+from mlx_trainer.models.gather import take_once, take_rows
 from mlx_trainer.models.lora import project
 
 LLAMAS = ("llama", "mistral")
@@ -27,18 +27,29 @@ def takes_unpadded(settings: Mapping[str, Any]) -> bool:
 
 
 def hidden_states(model: Any, batch: Any) -> mx.array:
-    """The last hidden states, (positions, hidden), of an unpadded batch."""
+    """The last hidden states of the positions that predict, (predictions, hidden), of an unpadded batch.
+
+    The last layer's MLP sees those alone, since nothing comes after it that looks at the others.
+    """
     to_rows, to_positions = rearrangements(batch.grid, batch.cells)
     h = model.model.embed_tokens(batch.input_ids)
-    for layer in model.model.layers:
+    *earlier, last = model.model.layers
+    for layer in earlier:
         h = block(layer, h, to_rows, to_positions)
+    h = block(last, h, to_rows, to_positions, lambda h: take_once(h, batch.predicting, batch.predictions))
     states: mx.array = model.model.norm(h)
     return states
 
 
-def block(layer: Any, h: mx.array, to_rows: Rearrange, to_positions: Rearrange) -> mx.array:
-    """One layer of the model; `h` and the result are (positions, hidden)."""
-    h = h + attention(layer.self_attn, layer.input_layernorm(h), to_rows, to_positions)
+def block(
+    layer: Any,
+    h: mx.array,
+    to_rows: Rearrange,
+    to_positions: Rearrange,
+    chosen: Callable[[mx.array], mx.array] = lambda h: h,
+) -> mx.array:
+    """One layer of the model; `h` is (positions, hidden), and so is the result but for what is `chosen`."""
+    h = chosen(h + attention(layer.self_attn, layer.input_layernorm(h), to_rows, to_positions))
     return h + feed_forward(layer.mlp, layer.post_attention_layernorm(h))
 
 
