@@ -13,9 +13,9 @@ import mlx.core as mx
 from mlx_trainer import runtime
 
 LOG2_E = 1.4426950408889634
-LARGEST = 64.0
-"""2^-64 stands for all smaller powers: nothing beside a 1 in float32, and products with it do not become denormal, with
-which processors are a hundred times as slow."""
+NOTHING = 64
+"""2^-64, which is nothing beside a 1 in float32, and all smaller powers are 0: what is masked must have no gradient, not
+a tiny one, since products of tiny numbers become denormal, with which processors are a hundred times as slow."""
 POLYNOMIAL = tuple(
     coefficient * 2.0**24
     for coefficient in (
@@ -27,12 +27,12 @@ POLYNOMIAL = tuple(
 
 
 def exp(x: mx.array) -> mx.array:
-    """Return e to the power of x for float32 x ≤ 0, exact to 2e-6 for x ≥ -30; on Linux CPUs never below 2^-64."""
+    """Return e to the power of x for float32 x ≤ 0, exact to 2e-6 for x ≥ -30; on Linux CPUs 0 from 2^-64 on."""
     return power_of_half(x * -LOG2_E) if runtime.slow_exp() else mx.exp(x)
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    """Return 1 / (1 + exp(-x)), which is never below 2^-64 for a float32 x on Linux CPUs."""
+    """Return 1 / (1 + exp(-x)), for a float32 x on Linux CPUs 0 from 2^-64 on."""
     if x.dtype != mx.float32 or not runtime.slow_exp():
         return mx.sigmoid(x)
     power = power_of_half(mx.abs(x) * LOG2_E)
@@ -41,14 +41,16 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 def power_of_half(t: mx.array) -> mx.array:
-    """Return 2^-t for float32 t ≥ 0, or 2^-64 where t is larger; for NaN something finite, and without a gradient."""
-    t = on_its_own(mx.minimum(t, LARGEST))  # `minimum` looks for NaN, and so branches
+    """Return 2^-t for float32 t ≥ 0, or 0 where t ≥ 64; for NaN something finite, and without a gradient."""
+    t = on_its_own(mx.minimum(t, float(NOTHING)))  # `minimum` looks for NaN, and so branches
     whole = t.astype(mx.int32)
     f = t - whole.astype(mx.float32)
     c, square = POLYNOMIAL, f * f
     # Not Horner's scheme: MLX fuses eleven operations that wait for each other.
     mantissa = c[0] + c[1] * f + square * (c[2] + c[3] * f + square * (c[4] + c[5] * f + square * c[6]))
-    return (mantissa.astype(mx.int32) + mx.left_shift(125 - whole, 23)).view(mx.float32)
+    bits = mantissa.astype(mx.int32) + mx.left_shift(125 - whole, 23)
+    some = mx.right_shift(whole - NOTHING, 31)  # all bits where t < 64, else none
+    return mx.bitwise_and(bits, some).view(mx.float32)
 
 
 def on_its_own(x: mx.array) -> mx.array:

@@ -26,16 +26,16 @@ def float64(x: mx.array) -> np.ndarray:
 
 @pytest.mark.parametrize("run", [lambda function: function, mx.compile])
 def test_exp_over_what_a_softmax_asks_for(run: Callable[..., Callable[[mx.array], mx.array]]) -> None:
-    """Relative, against float64, fused or not; 1 is met exactly, and nothing is below 2^-64."""
+    """Relative, against float64, fused or not; 1 is met exactly, and 0 from 2^-64 on."""
     x = mx.linspace(-30, 0, 100_001)
     assert np.abs(float64(run(exp)(x)) / np.exp(float64(x)) - 1).max() < 2e-6
     extremes = mx.array([0.0, -1e-30, -44.5, -200.0, -3e38, -mx.inf])
-    assert run(exp)(extremes).tolist() == [1.0, 1.0, *[2.0**-64] * 4]
+    assert run(exp)(extremes).tolist() == [1.0, 1.0, *[0.0] * 4]
 
 
 def test_whole_powers_are_exact_and_fall() -> None:
     """2^-t for whole t is exact, and beside whole t, where the exponent's bits change, no larger than there."""
-    whole = np.arange(65, dtype=np.float32)
+    whole = np.arange(64, dtype=np.float32)
     below, above = np.nextafter(whole[1:], np.float32(0)), np.nextafter(whole[:-1], np.float32(99))
     assert np.array_equal(power_of_half(mx.array(whole)), 2.0**-whole)
     for near in (below, above):

@@ -89,4 +89,4 @@ def test_extreme_logits_stay_finite() -> None:
     logits = mx.array([[0.0, 300.0, -300.0]])
     value, gradient = mx.value_and_grad(lambda scores: cross_entropy(scores, mx.array([2])).sum())(logits)
     assert value.item() == 600.0
-    assert gradient.tolist() == [pytest.approx([0.0, 1.0, -1.0], abs=1e-19)]
+    assert gradient.tolist() == [[0.0, 1.0, -1.0]]
