@@ -14,8 +14,8 @@ from mlx_trainer import runtime
 
 LOG2_E = 1.4426950408889634
 NOTHING = 64
-"""2^-64, which is nothing beside a 1 in float32, and all smaller powers are 0: what is masked must have no gradient, not
-a tiny one, since products of tiny numbers become denormal, with which processors are a hundred times as slow."""
+"""2^-64, which is nothing beside a 1 in float32, and all smaller powers are 0. What is masked must have no gradient: a
+tiny one makes products denormal further down, with which processors are a hundred times as slow."""
 POLYNOMIAL = tuple(
     coefficient * 2.0**24
     for coefficient in (
@@ -46,8 +46,9 @@ def power_of_half(t: mx.array) -> mx.array:
     whole = t.astype(mx.int32)
     f = t - whole.astype(mx.float32)
     c, square = POLYNOMIAL, f * f
-    # Not Horner's scheme: MLX fuses eleven operations that wait for each other.
-    mantissa = c[0] + c[1] * f + square * (c[2] + c[3] * f + square * (c[4] + c[5] * f + square * c[6]))
+    # By Estrin's scheme, since MLX fuses no more than eleven operations that wait for each other.
+    low, high = c[0] + c[1] * f + square * (c[2] + c[3] * f), c[4] + c[5] * f + square * c[6]
+    mantissa = low + square * square * high
     bits = mantissa.astype(mx.int32) + mx.left_shift(125 - whole, 23)
     some = mx.right_shift(whole - NOTHING, 31)  # all bits where t < 64, else none
     return mx.bitwise_and(bits, some).view(mx.float32)
