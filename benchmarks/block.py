@@ -65,15 +65,11 @@ def make_batch(arguments: argparse.Namespace) -> Any:
         grid[row, :each] = own
         cells[own] = row * arguments.length + np.arange(each)
     count = arguments.positions * 2 // 3  # trained, as in a chat set
-    predictions = np.full(arguments.positions, count, np.int32)
-    predictions[:count] = np.arange(count)
     return SimpleNamespace(
         grid=mx.array(grid),
         cells=mx.array(cells),
         prefix=0,
         groups=0,
-        predicting=mx.arange(count + 1),
-        predictions=mx.array(predictions),
         targets=mx.arange(count + 1) % arguments.vocabulary,
     )
 
@@ -89,6 +85,7 @@ def parts_of(model: Any, batch: Any, arguments: argparse.Namespace) -> list[Part
 
     x, wide = values(arguments.positions, arguments.hidden), values(arguments.positions, int(arguments.hidden * 3.5))
     narrow = values(arguments.positions, arguments.hidden // 4)
+    predicting = batch.targets.size
     rows = [to_rows(value)[0] for value in (x, narrow, narrow)]
 
     def within(*projected: mx.array) -> mx.array:
@@ -105,7 +102,7 @@ def parts_of(model: Any, batch: Any, arguments: argparse.Namespace) -> list[Part
         ("SwiGLU", swiglu, [wide, values(*wide.shape)]),
         ("product down", lambda x: project(x, mlp.down_proj), [wide]),
         ("the block", lambda x: block(layer, x, to_rows, to_positions), [x]),
-        ("the head's loss", lambda x: head_loss(model, x, batch, arguments.vocabulary).total, [x]),
+        ("the head's loss", lambda x: head_loss(model, x, batch, arguments.vocabulary).total, [x[:predicting]]),
     ]
 
 

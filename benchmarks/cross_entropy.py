@@ -13,7 +13,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_trainer import runtime
+from mlx_trainer.models.exponential import exp
 from mlx_trainer.models.loss import cross_entropy
 
 ROUNDS = 25
@@ -38,11 +38,12 @@ def main() -> None:
     """Measure both pairs."""
     logits = mx.random.normal((768, 1024))
     targets = mx.random.randint(0, 1024, (768,))
-    mx.eval(logits, targets)
+    below = -mx.abs(logits)
+    mx.eval(logits, targets, below)
     plain = mx.compile(mx.value_and_grad(lambda scores: nn.losses.cross_entropy(scores, targets).sum()))
     once = mx.compile(mx.value_and_grad(lambda scores: cross_entropy(scores, targets).sum()))
     print(f"{'ms':32}{'MLX':>9}{'mlx_trainer':>12}{'ratio':>9}")
-    compare("exp of 786,432 elements", lambda: mx.exp(logits), lambda: runtime.exp(logits))
+    compare("exp of 786,432 elements", lambda: mx.exp(below), mx.compile(lambda: exp(below)))
     compare("cross-entropy and gradient", lambda: plain(logits), lambda: once(logits))
 
 

@@ -11,16 +11,12 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from attrs import frozen
 
 from mlx_trainer import _blas
 
-if TYPE_CHECKING:
-    import mlx.core as mx
-
-LOG2_E = 1.4426950408889634
 Backend = Literal["metal", "cuda", "cpu"]
 
 DEQUANTIZE_FROM_ROWS: dict[Backend, float] = {"cpu": 32, "cuda": 256, "metal": math.inf}
@@ -79,27 +75,6 @@ def backend() -> Backend:
 def slow_exp() -> bool:
     """Whether exponentials are the cost to save: on Linux CPUs, where MLX computes them one by one on one thread."""
     return sys.platform == "linux" and backend() == "cpu"
-
-
-def exp(x: "mx.array") -> "mx.array":
-    """Return e to the power of x, float32, exact to 2e-6 for x between -30 and 0.
-
-    On Linux CPUs a power of two costs MLX less than half of its `exp` (mlx 0.32.4; `benchmarks/cross_entropy.py`).
-    """
-    import mlx.core as mx
-
-    if slow_exp():
-        return mx.power(2.0, x * LOG2_E)
-    return mx.exp(x)
-
-
-def sigmoid(x: "mx.array") -> "mx.array":
-    """Return 1 / (1 + exp(-x)); in float32 by `exp` where that is quicker."""
-    import mlx.core as mx
-
-    if x.dtype == mx.float32 and slow_exp():
-        return 1 / (1 + exp(-x))
-    return mx.sigmoid(x)
 
 
 def dequantizing_wins(rows: int) -> bool:
@@ -184,15 +159,16 @@ def memory_bytes() -> MemoryBytes:
 def bound_cache(needed: int = 0) -> None:
     """Let MLX keep as much memory for arrays to come as a step that needs `needed` bytes leaves free.
 
-    At most a sixteenth of a GPU's memory (by itself MLX keeps most of the card), and at least an eighth of that, since
-    equal steps would else ask the driver for memory again and again. Batches of several shapes need arrays of many
-    sizes. A bound of 8 GB cost an epoch of seven shapes nothing that showed on an H200; on Metal it was not tried.
+    At most a sixteenth of the memory (by itself MLX keeps most of a card), and at least an eighth of that, since equal
+    steps would else ask the system for memory again and again. Batches of several shapes need arrays of many sizes; a
+    bound of 8 GB cost an epoch of seven shapes nothing that showed on an H200. On a CPU MLX keeps 32 MB by itself, less
+    than one step lets go of, and fetching all others anew, page by page, took 4 to 7 % of a small model's step. Metal
+    was not tried.
     """
     import mlx.core as mx
 
-    if backend() != "cpu":
-        limit = memory_limit_bytes()
-        mx.set_cache_limit(min(limit // 16, max(limit - needed, limit // 128)))
+    limit = memory_limit_bytes()
+    mx.set_cache_limit(min(limit // 16, max(limit - needed, limit // 128)))
 
 
 def attention_step() -> int:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from mlx_trainer import _blas, runtime
@@ -226,19 +225,19 @@ def test_a_gpus_memory(monkeypatch: pytest.MonkeyPatch, backend: str, limit: int
 
 @pytest.mark.parametrize(
     ("backend", "needed", "bound"),
-    [("cuda", 0, 8_000), ("cuda", 125_000, 3_000), ("metal", 200_000, 1_000), ("cpu", 0, None)],
+    [("cuda", 0, 8_000), ("cuda", 125_000, 3_000), ("metal", 200_000, 1_000), ("cpu", 0, 8_000)],
     ids=["nothing known", "what a step leaves", "at least", "cpu"],
 )
 def test_the_cache_leaves_room_for_a_step(
-    monkeypatch: pytest.MonkeyPatch, backend: str, needed: int, bound: int | None
+    monkeypatch: pytest.MonkeyPatch, backend: str, needed: int, bound: int
 ) -> None:
-    """A sixteenth of a GPU's memory, less where a step needs more, a 128th at least; on CPUs MLX's own bound."""
+    """A sixteenth of the memory, less where a step needs more, a 128th at least."""
     bounds: list[int] = []
     monkeypatch.setattr(runtime, "backend", lambda: backend)
     monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: 128_000)
     monkeypatch.setattr(mx, "set_cache_limit", bounds.append)
     runtime.bound_cache(needed)
-    assert bounds == ([] if bound is None else [bound])
+    assert bounds == [bound]
 
 
 def test_names() -> None:
@@ -251,11 +250,3 @@ def test_names() -> None:
         assert runtime.backend() == "cpu"
     finally:
         mx.set_default_device(device)
-
-
-def test_the_fast_exponential_is_exact_enough() -> None:
-    """Against float64, relative, over what a softmax asks for; 0 where float32 has nothing smaller."""
-    x = np.linspace(-30, 0, 100_001, dtype=np.float32)
-    actual = np.array(runtime.exp(mx.array(x))).astype(np.float64)
-    assert np.max(np.abs(actual / np.exp(x.astype(np.float64)) - 1)) < 2e-6
-    assert runtime.exp(mx.array([0.0, -200.0, -mx.inf])).tolist() == [1.0, 0.0, 0.0]

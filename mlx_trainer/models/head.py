@@ -7,7 +7,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_trainer.models.gather import take_once
 from mlx_trainer.models.loss import IGNORED, cross_entropy, total
 from mlx_trainer.module import LossOutput
 
@@ -25,7 +24,7 @@ def head_of(model: Any) -> tuple[Head, nn.Module]:
 
 
 def head_loss(model: Any, states: mx.array, batch: Any, vocabulary: int) -> LossOutput:
-    """The summed cross-entropy of `batch.targets` (predictions,), as predicted by the `states` (positions, hidden).
+    """The summed cross-entropy of `batch.targets` (predictions,), as predicted by the `states` (predictions, hidden).
 
     In eval mode `token_accuracy` is counted too. With a frozen head, loss and gradient of each part are computed in one
     go, and only the gradient with respect to the states is kept, (predictions, hidden).
@@ -33,7 +32,6 @@ def head_loss(model: Any, states: mx.array, batch: Any, vocabulary: int) -> Loss
     head, module = head_of(model)
     counted = batch.targets != IGNORED
     targets = mx.where(counted, batch.targets, 0)
-    chosen = take_once(states, batch.predicting, batch.predictions)
     parts = [slice(begin, begin + step) for step in [part_size(vocabulary)] for begin in range(0, len(targets), step)]
 
     def part_loss(states: mx.array, part: slice) -> mx.array:
@@ -41,11 +39,11 @@ def head_loss(model: Any, states: mx.array, batch: Any, vocabulary: int) -> Loss
 
     frozen = not tree_flatten(module.trainable_parameters())
     if model.training and frozen:
-        return LossOutput(with_gradient(part_loss, parts, chosen), total(counted))
-    losses = mx.stack([part_loss(chosen[part], part) for part in parts]).sum()
+        return LossOutput(with_gradient(part_loss, parts, states), total(counted))
+    losses = mx.stack([part_loss(states[part], part) for part in parts]).sum()
     metrics = {}
     if not model.training:
-        right = [total(counted[part] & (mx.argmax(head(chosen[part]), axis=-1) == targets[part])) for part in parts]
+        right = [total(counted[part] & (mx.argmax(head(states[part]), axis=-1) == targets[part])) for part in parts]
         metrics["token_accuracy"] = mx.stack(right).sum()
     return LossOutput(losses, total(counted), metrics)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_trainer import runtime
+from mlx_trainer.models.exponential import exp
 from mlx_trainer.module import LossOutput
 
 IGNORED = -100
@@ -41,7 +41,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     scores = logits.astype(mx.float32)
     largest = scores.max(axis=-1, keepdims=True)
-    powers = runtime.exp(scores - largest)
+    powers = exp(scores - largest)
     sums = powers.sum(axis=-1, keepdims=True)
     chosen = mx.take_along_axis(scores, targets[..., None], axis=-1)
     return (mx.log(sums) + largest - chosen)[..., 0], powers, sums

@@ -8,6 +8,7 @@ is in flight, results of operations that are queued or have just run, is fitted 
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from mlx_trainer import runtime
-from mlx_trainer.models.attention import fused
+from mlx_trainer.models.attention import block_size, fused
 from mlx_trainer.models.head import head_of, part_size
 from mlx_trainer.models.lora import LoRALinear, base_of, dimensions, dropout_of
 from mlx_trainer.models.recomputation import POLICIES, Policy
@@ -38,9 +39,9 @@ class InFlight:
 # float32, hidden 64 to 192, 6 to 16 layers, 256 to 1,024 positions.
 IN_FLIGHT: Mapping[Policy, InFlight] = {
     "none": InFlight(2.5, 1.0),
-    "attention": InFlight(2.1, 2.2),
-    "selective": InFlight(2.3, 1.9),
-    "mlp": InFlight(2.6, 1.9),
+    "attention": InFlight(2.0, 1.8),
+    "selective": InFlight(1.8, 1.5),
+    "mlp": InFlight(2.0, 1.5),
     "block": InFlight(2.4, 2.9, 0.5),
 }
 LOGITS_IN_FLIGHT = 4.0
@@ -96,7 +97,10 @@ def estimate(model: Any, batch: Any, optimizer: Optimizer, policy: Policy) -> Me
     `optimizer` is given a new state. A sum of several micro-batches' gradients is not counted: for adapters it is next
     to nothing.
     """
-    blocks = [BlockBytes.of(layer, batch, activations(model)) for layer in model.model.layers]
+    *earlier, last = model.model.layers
+    positions, predictions = batch.input_ids.size, batch.targets.size
+    blocks = [BlockBytes.of(layer, batch, positions, activations(model)) for layer in earlier]
+    blocks.append(BlockBytes.of(last, batch, predictions, activations(model)))
     trained = model.trainable_parameters()
     optimizer.init(trained)
     state = size(optimizer.state)
@@ -131,8 +135,8 @@ class BlockBytes:
     dense: int
 
     @classmethod
-    def of(cls, layer: Any, batch: Any, dtype: mx.Dtype) -> "BlockBytes":
-        """Those of `layer`, whose attention computes the cells of all rows and everything else the positions."""
+    def of(cls, layer: Any, batch: Any, fed: int, dtype: mx.Dtype) -> "BlockBytes":
+        """Those of `layer`: attention computes the cells of all rows, the MLP `fed` positions, the rest all of them."""
         attention, mlp = layer.self_attn, layer.mlp
         inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
         outputs, feeding = (attention.o_proj,), (mlp.gate_proj, mlp.up_proj)
@@ -146,13 +150,12 @@ class BlockBytes:
         return cls(
             hidden=one * hidden,
             queries_keys_values=dtype.size * (cells * width + seen_cells * sum(widths(one)[1] for one in inputs[1:])),
-            scores=0
-            if fused(dtype)
-            else attention.n_heads * (rows * length * seen + shared * batch.prefix) * dtype.size,
+            scores=0 if fused(dtype) else attention.n_heads * dtype.size * scored_cells(batch),
             attended=cells * width * dtype.size,
-            gate_up=one * sum(widths(linear)[1] for linear in feeding),
+            gate_up=fed * dtype.size * sum(widths(linear)[1] for linear in feeding),
             output_inputs=positions * input_bytes(dtype, *outputs),
-            other_inputs=positions * sum(input_bytes(dtype, *alike) for alike in (inputs, feeding, (mlp.down_proj,))),
+            other_inputs=positions * input_bytes(dtype, *inputs)
+            + fed * sum(input_bytes(dtype, *alike) for alike in (feeding, (mlp.down_proj,))),
             adapted=one * sum(widths(linear)[1] for linear in adapters),
             dense=dtype.size * sum(math.prod(widths(linear)) for linear in linears if hasattr(base_of(linear), "bits")),
         )
@@ -175,6 +178,22 @@ class BlockBytes:
         times, arrays = IN_FLIGHT[policy], 4 * self.hidden + self.queries_keys_values + self.gate_up
         computed = times.arrays * arrays + times.scores * self.scores + times.adapters * self.adapted
         return computed + self.dense
+
+
+def scored_cells(batch: Any) -> int:
+    """Pairs of tokens, one query and one key, that attention scores, for a head."""
+    rows, length = batch.grid.shape
+    own: int = rows * seen_by_blocks(length, batch.prefix)
+    return own + int(batch.groups) * seen_by_blocks(batch.prefix, 0)
+
+
+def seen_by_blocks(length: int, before: int) -> int:
+    """The same for a row with so many tokens `before` it; on Linux CPUs blocks of queries see no later keys."""
+    if not runtime.slow_exp() or length == 0:
+        return length * (before + length)
+    size = block_size(length)
+    ends = [min(end, length) for end in range(size, length + size, size)]
+    return sum((end - begin) * (before + end) for begin, end in pairwise([0, *ends]))
 
 
 def input_bytes(dtype: mx.Dtype, *layers: Any) -> int:

@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_trainer.models.attention import causal_attention, fused
-from mlx_trainer.models.gather import take_rows
+from mlx_trainer.models.exponential import sigmoid
+from mlx_trainer.models.gather import take_once, take_rows
 from mlx_trainer.models.lora import dropout_keys, project
 from mlx_trainer.models.recomputation import Policy, run_again, run_once
-from mlx_trainer.runtime import sigmoid
 
 LLAMAS = ("llama", "mistral")
 """Model types that mlx-lm builds with its Llama."""
@@ -33,17 +33,30 @@ def takes_unpadded(settings: Mapping[str, Any]) -> bool:
 
 
 def hidden_states(model: Any, batch: Any, policy: Policy = "none") -> mx.array:
-    """The last hidden states, (positions, hidden), of an unpadded batch; `policy` says what the gradient runs again."""
+    """The last hidden states of the positions that predict, (predictions, hidden), of an unpadded batch.
+
+    The last layer's MLP sees those alone, since nothing comes after it that looks at the others. `policy` says what the
+    gradient runs again.
+    """
     to_rows, to_positions = rearrangements(batch)
     h = model.model.embed_tokens(batch.input_ids)
-    for layer in model.model.layers:
+    *earlier, last = model.model.layers
+    for layer in earlier:
         h = block(layer, h, to_rows, to_positions, policy)
+    h = block(last, h, to_rows, to_positions, policy, lambda h: take_once(h, batch.predicting, batch.predictions))
     states: mx.array = model.model.norm(h)
     return states
 
 
-def block(layer: Any, h: mx.array, to_rows: Rearrange, to_positions: Rearrange, policy: Policy = "none") -> mx.array:
-    """One layer of the model; `h` and the result are (positions, hidden)."""
+def block(
+    layer: Any,
+    h: mx.array,
+    to_rows: Rearrange,
+    to_positions: Rearrange,
+    policy: Policy = "none",
+    chosen: Callable[[mx.array], mx.array] = lambda h: h,
+) -> mx.array:
+    """One layer of the model; `h` is (positions, hidden), and so is the result but for what is `chosen`."""
     mixer, mlp = layer.self_attn, layer.mlp
     # Drawn before anything that may run again, and alike whatever the policy is.
     mixing = dropout_keys(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
@@ -51,7 +64,7 @@ def block(layer: Any, h: mx.array, to_rows: Rearrange, to_positions: Rearrange, 
     inner: Policy = "none" if policy == "block" else policy
 
     def whole(h: mx.array) -> mx.array:
-        h = h + attention(mixer, layer.input_layernorm, h, to_rows, to_positions, mixing, inner)
+        h = chosen(h + attention(mixer, layer.input_layernorm, h, to_rows, to_positions, mixing, inner))
         return h + feed_forward(mlp, layer.post_attention_layernorm, h, feeding, inner)
 
     result: mx.array = (run_again if policy == "block" else run_once)(whole, layer)(h)

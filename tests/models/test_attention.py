@@ -1,6 +1,7 @@
 """Attention that keeps its exponentials equals MLX's."""
 
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_trainer import runtime
 from mlx_trainer.models import attention
-from mlx_trainer.models.attention import causal_attention, keeping
+from mlx_trainer.models.attention import causal_attention, keeping, row_max
 
 
 def drawn(rows: int, groups: int, heads: int, length: int, spread: float = 1.0) -> list[mx.array]:
@@ -26,10 +27,20 @@ def results(attend: Any, arrays: list[mx.array]) -> list[mx.array]:
     return [output, *gradients]
 
 
-@given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(1, 20), st.sampled_from([0.1, 1.0, 5.0]))
+@given(
+    rows=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    length=st.integers(1, 40),
+    spread=st.sampled_from([0.1, 1.0, 5.0]),
+    at_once=st.sampled_from([8, 16, 100]),
+)
 @settings(max_examples=50, deadline=None)
-def test_equals_mlx(rows: int, groups: int, heads: int, length: int, spread: float) -> None:
-    """Output and gradients to 1e-5 of the largest of all, for grouped heads, single tokens, scores of any size."""
+def test_equals_mlx(rows: int, groups: int, heads: int, length: int, spread: float, at_once: int) -> None:
+    """Output and gradients to 1e-5 of the largest of all, for grouped heads, single tokens, scores of any size.
+
+    However many queries are scored at once.
+    """
     arrays = drawn(rows, groups, heads, length, spread)
 
     def plain(*inputs: mx.array) -> mx.array:
@@ -37,8 +48,28 @@ def test_equals_mlx(rows: int, groups: int, heads: int, length: int, spread: flo
 
     expected = results(plain, arrays)
     largest = max(mx.abs(value).max().item() for value in expected)
-    for found, value in zip(results(lambda *x: keeping(0.3)(*x)[0], arrays), expected, strict=True):
+    with patch.object(runtime, "slow_exp", lambda: True), patch.object(attention, "QUERIES", at_once):
+        ours = results(lambda *x: causal_attention(*x, 0.3), arrays)
+    for found, value in zip(ours, expected, strict=True):
         assert mx.abs(found - value).max().item() <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("length", [5, 8, 24])
+def test_the_largest_of_each_row(length: int) -> None:
+    """Wherever it stands; a NaN is kept."""
+    x = mx.random.normal((3, 50, length), key=mx.random.key(length))
+    assert mx.array_equal(row_max(x), x.max(axis=-1, keepdims=True))
+    x[0, 0, 2] = mx.nan
+    assert mx.isnan(row_max(x)).sum().item() == 1
+
+
+def test_a_nan_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that is not a number makes its row none, and no other."""
+    monkeypatch.setattr(runtime, "slow_exp", lambda: True)
+    queries, keys, values, _ = drawn(2, 1, 1, 6)
+    keys[1, 0, 4, 0] = mx.nan
+    lost = mx.isnan(causal_attention(queries, keys, values, 0.3)).all(axis=-1)
+    assert lost.tolist() == [[[False] * 6], [[True] * 6]]
 
 
 @pytest.mark.parametrize(("slow", "kept", "dtype", "own"), [

@@ -23,7 +23,8 @@ from mlx_trainer.data.batches.padded import collate
 from mlx_trainer.data.batches.shapes import Shape
 from mlx_trainer.data.batches.unpadded import collate_unpadded
 from mlx_trainer.data.store.store import TokenRow
-from mlx_trainer.models import CausalLMModule, head
+from mlx_trainer.models import CausalLMModule, head, unpadded
+from mlx_trainer.models.unpadded import feed_forward
 from mlx_trainer.traced import from_tree, to_tree
 from tests.tiny import tiny_mistral
 
@@ -200,3 +201,18 @@ def test_eval_mode_counts_right_guesses(module: CausalLMModule) -> None:
     assert ours.total.item() == pytest.approx(plain.total.item(), rel=1e-6)
     assert ours.weight.item() == plain.weight.item()
     assert ours.metrics["token_accuracy"].item() == plain.metrics["token_accuracy"].item()
+
+
+def test_the_last_mlp_sees_what_predicts_alone(module: CausalLMModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All other layers' see all positions."""
+    seen: list[int] = []
+
+    def counted(mlp: Any, norm: Any, h: mx.array, *options: Any) -> mx.array:
+        seen.append(len(h))
+        return feed_forward(mlp, norm, h, *options)
+
+    monkeypatch.setattr(unpadded, "feed_forward", counted)
+    batch = collate_unpadded(ROWS, Shape(4, 12, 40), predictions=24)
+    states = unpadded.hidden_states(module.model, from_tree(to_tree(batch)))
+    assert seen == [40] * (len(module.model.model.layers) - 1) + [24]
+    assert len(states) == 24
