@@ -100,6 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, help="pack the base")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--shapes", nargs="+", default=["2x1024", "4x1024", "8x1024"], help="rows x length")
+    parser.add_argument("--policies", choices=POLICIES, nargs="+", default=POLICIES)
     parser.add_argument("--steps", type=int, default=5)
     return parser.parse_args()
 
@@ -114,7 +115,7 @@ def main() -> None:
     print(
         "| rows x length | recompute | ms a step | peak GB | estimate GB | estimate / peak |\n|---|---|---|---|---|---|"
     )
-    for shape, policy in itertools.product(arguments.shapes, POLICIES):
+    for shape, policy in itertools.product(arguments.shapes, arguments.policies):
         batch = batch_of(*map(int, shape.split("x")))
         module.recompute = policy
         expected = estimate(module.model, batch, module.configure_optimizer(None), policy).peak / 1e9

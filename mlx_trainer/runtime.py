@@ -159,22 +159,24 @@ def memory_bytes() -> MemoryBytes:
 def bound_cache(needed: int = 0) -> None:
     """Let MLX keep as much memory for arrays to come as a step that needs `needed` bytes leaves free.
 
-    At most a sixteenth of the memory (by itself MLX keeps most of a card), and at least an eighth of that, since equal
-    steps would else ask the system for memory again and again. Batches of several shapes need arrays of many sizes; a
-    bound of 8 GB cost an epoch of seven shapes nothing that showed on an H200. On a CPU MLX keeps 32 MB by itself, less
-    than one step lets go of, and fetching all others anew, page by page, took 4 to 7 % of a small model's step. Metal
-    was not tried.
+    At most as much again as the step needs, and a sixteenth of the memory where that is more or not known; by itself
+    MLX keeps most of a card. At least a 128th. A step lets go of most of what it needs and asks for it again, which the
+    system answers slowly. On a CPU MLX keeps 32 MB by itself, and fetching all else anew, page by page, took 4 to 7 %
+    of a small model's step. Metal was not tried.
     """
     import mlx.core as mx
 
     limit = memory_limit_bytes()
-    mx.set_cache_limit(min(limit // 16, max(limit - needed, limit // 128)))
+    mx.set_cache_limit(min(max(needed, limit // 16), max(limit - needed, limit // 128)))
 
 
 def attention_step() -> int:
     """Return the multiple that rows of attention should be long.
 
     cuDNN takes twice as long for other lengths than multiples of 128 (`benchmarks/attention.py`).
+
+    More: where the queries are a multiple of 128 and the keys are not, MLX's gradient reads beyond its memory and ends
+    the process (0.32.4, 256 queries, 656 keys).
     """
     return 128 if backend() == "cuda" else 8
 

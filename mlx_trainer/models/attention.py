@@ -32,6 +32,8 @@ def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, scale:
     what stands before is seen by all.
     """
     rows, heads, length, _ = queries.shape
+    if fused(queries.dtype) and length % 128 == 0 and keys.shape[2] % 128:
+        raise ValueError(f"{length} queries and {keys.shape[2]} keys: cuDNN's gradient needs a multiple of 128 keys")
     short = rows * heads * length * keys.shape[2] <= KEPT_SCORES
     if short and queries.dtype == mx.float32 and runtime.slow_exp():
         attend, size, before = keeping(scale), block_size(length), keys.shape[2] - length

@@ -92,3 +92,11 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch, slow: bool, kept: int
     queries, keys, values, _ = (array.astype(dtype) for array in drawn(2, 2, 2, 6))
     assert causal_attention(queries, keys, values, 0.5).shape == queries.shape
     assert used == [0.5] * own
+
+
+def test_what_would_crash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA in 16 bits, 128 queries with another number of keys than a multiple of 128."""
+    monkeypatch.setattr(runtime, "backend", lambda: "cuda")
+    queries, keys = (mx.zeros((1, 1, length, 8), mx.bfloat16) for length in (128, 144))
+    with pytest.raises(ValueError, match="128 queries and 144 keys"):
+        causal_attention(queries, keys, keys, 1.0)

@@ -92,7 +92,8 @@ def strata_of(
     Those that save most positions come first, at most half as many as there may be shapes, and last the rows that share
     nothing. The same for every epoch.
     """
-    sharing = Sharing.of(lengths, prefixes, families)
+    # Attention's keys are a prefix and a row: with a row's length, their number is a multiple of `length_step` too.
+    sharing = Sharing.of(lengths, prefixes // budget.length_step * budget.length_step, families)
     positions = float(lengths.sum(dtype=np.int64))
     batch = budget.tokens or (budget.rows or 0) * positions / max(len(lengths), 1)
     strata: list[Stratum] = []

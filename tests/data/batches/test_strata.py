@@ -110,6 +110,14 @@ def test_what_saves_little_is_left_alone() -> None:
     assert len(strata_of(*sharing([(2, 32, 5)], 200), Budget(rows=4, unpadded=True))) == 1
 
 
+def test_keys_are_a_multiple_of_the_step() -> None:
+    """With rows a multiple of 128, so are prefix and row together: others end the process on CUDA."""
+    rows = sharing([(640, 400, 399), *[(4, 160, 80)] * 300], 10)
+    shapes = planned(0, 0, rows, Budget(rows=16, unpadded=True, length_step=128), 1).shapes
+    assert {shape.prefix for shape in shapes} >= {384, 128}
+    assert all(shape.prefix % 128 == 0 for shape in shapes)
+
+
 def test_coarse() -> None:
     """Prefixes of units have few lengths, none longer than what is shared."""
     assert coarse(np.array([32, 47, 48, 100, 127, 400, 512, 1000])).tolist() == [32, 32, 48, 96, 96, 384, 512, 768]
