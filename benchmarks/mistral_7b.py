@@ -117,7 +117,9 @@ def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from mlx_trainer.callbacks import GradientClipping, NaNGuard
 
     lora = LoRAConfig(rank=16, alpha=32, dropout=0.0, target_modules=TARGETS[arguments.targets])
-    module = MistralLoRAModule(folder / "base", lora=lora, dtype=arguments.dtype, warmup_steps=0)
+    module = MistralLoRAModule(
+        folder / "base", lora=lora, dtype=arguments.dtype, warmup_steps=0, recompute=arguments.recompute
+    )
     data = data_of(folder, arguments, module.tokenizer)
     module.setup("fit")
     mx.eval(module.model.parameters())
@@ -230,6 +232,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=8192, help="of a batch of mixed rows")
     parser.add_argument("--targets", choices=list(TARGETS), default="qv")
+    parser.add_argument("--recompute", default="auto", help="of mlx_trainer alone")
     parser.add_argument("--bits", type=int, help="pack the base")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--peer-rows", type=int, help="so many rows are enough for mlx_lm, whose rate does not change")
