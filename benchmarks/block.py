@@ -1,7 +1,7 @@
 """Where the time of a step goes: the parts of a transformer block, each forward and backward alone, and the whole.
 
     python benchmarks/block.py                                    # a Mistral-7B block in bfloat16, on an NVIDIA GPU
-    python benchmarks/block.py --hidden 256 --heads 4 --positions 1024 --rows 8 --length 128 --dtype float32    # a CPU
+    python benchmarks/block.py --hidden 256 --positions 1024 --rows 8 --length 128 --dtype float32    # a CPU
 
 Each part is the library's own function on random values, compiled; the whole is the block as `hidden_states` has it.
 What the parts' sum leaves of the whole is additions between them, and what MLX could not overlap or fuse. A GPU that
@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.llama import Model, ModelArgs
+from shape import TARGETS, mistral_config
 
 from mlx_trainer import runtime
 from mlx_trainer.config import LoRAConfig
@@ -25,30 +26,17 @@ from mlx_trainer.models.head import head_loss
 from mlx_trainer.models.lora import inject_lora, project
 from mlx_trainer.models.unpadded import attend, block, rearrangements, swiglu
 
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TARGETS = {"none": [], "qv": ["q_proj", "v_proj"], "all": ALL_LINEAR}
 Part = tuple[str, Callable[..., Any], Sequence[mx.array]]
 Call = Callable[[], Any]
 
 
 def make_model(arguments: argparse.Namespace) -> Any:
     """A model of one block with random weights, frozen, with the adapters that were asked for."""
-    config = {
-        "model_type": "llama",
-        "hidden_size": arguments.hidden,
-        "num_hidden_layers": 1,
-        "intermediate_size": int(arguments.hidden * 3.5),
-        "num_attention_heads": arguments.heads,
-        "num_key_value_heads": arguments.heads // 4,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": arguments.vocabulary,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": False,
-    }
+    config = mistral_config(arguments.hidden, 1, arguments.vocabulary)
     model = Model(ModelArgs.from_dict(config))
     model.set_dtype(getattr(mx, arguments.dtype))
     model.freeze()
-    if TARGETS[arguments.targets]:
+    if arguments.targets in TARGETS:
         inject_lora(model, LoRAConfig(rank=16, alpha=32, dropout=0.0, target_modules=TARGETS[arguments.targets]))
     model.train()
     mx.eval(model.parameters())
@@ -163,12 +151,11 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--positions", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--length", type=int, default=384)
-    parser.add_argument("--targets", choices=list(TARGETS), default="qv")
+    parser.add_argument("--targets", choices=["none", *TARGETS], default="qv")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=10.0)

@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shape import ALL_LINEAR, TARGETS, mistral_config
 
 SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
 MEAN_LENGTH, SIGMA = 264, 0.75  # a chat set's spread: median about 200
 LONGEST = 1536
 SYSTEM = {"prefix": 512, "system": 400}  # tokens in common
 PEER_BATCH = 4
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TARGETS = {"qv": ["q_proj", "v_proj"], "all": ALL_LINEAR}
 
 
 def write_base(directory: Path, arguments: argparse.Namespace) -> None:
@@ -42,21 +41,7 @@ def write_base(directory: Path, arguments: argparse.Namespace) -> None:
     from mlx.utils import tree_flatten
     from mlx_lm.models.llama import Model, ModelArgs
 
-    heads = max(arguments.hidden // 128, 4)
-    config: dict[str, Any] = {
-        "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
-        "hidden_size": arguments.hidden,
-        "num_hidden_layers": arguments.layers,
-        "intermediate_size": int(arguments.hidden * 3.5),
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 4,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": 32768,
-        "rope_theta": 1e6,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": False,
-    }
+    config = mistral_config(arguments.hidden, arguments.layers)
     model = Model(ModelArgs.from_dict(config))
     model.set_dtype(getattr(mx, arguments.dtype))
     if arguments.bits:

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from shape import TARGETS, VOCABULARY, mistral_config
 
 from mlx_trainer import LoRAConfig, runtime
 from mlx_trainer.callbacks import GradientClipping, NaNGuard
@@ -26,10 +27,6 @@ from mlx_trainer.models.memory import estimate
 from mlx_trainer.models.recomputation import POLICIES
 from mlx_trainer.step import TrainStep
 
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TARGETS = {"qv": ["q_proj", "v_proj"], "all": ALL_LINEAR}
-VOCABULARY = 32768
-
 
 class RandomMistral(CausalLMModule):
     """A module whose base is made, not loaded."""
@@ -37,19 +34,7 @@ class RandomMistral(CausalLMModule):
     def __init__(self, arguments: argparse.Namespace) -> None:
         lora = LoRAConfig(rank=16, alpha=32, dropout=arguments.dropout, target_modules=TARGETS[arguments.targets])
         super().__init__("random", lora=lora, dtype=arguments.dtype, warmup_steps=0, schedule="constant")
-        heads = max(arguments.hidden // 128, 4)
-        self.settings = {
-            "model_type": "mistral",
-            "hidden_size": arguments.hidden,
-            "num_hidden_layers": arguments.layers,
-            "intermediate_size": int(arguments.hidden * 3.5),
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads // 4,
-            "rms_norm_eps": 1e-5,
-            "vocab_size": VOCABULARY,
-            "rope_theta": 1e6,
-            "tie_word_embeddings": False,
-        }
+        self.settings = mistral_config(arguments.hidden, arguments.layers)
         self.bits = arguments.bits
 
     def load_model(self) -> nn.Module:

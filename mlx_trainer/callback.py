@@ -113,11 +113,14 @@ class Callback:
         """The model is in training mode again."""
 
     def on_checkpoint(self, trainer: "Trainer", module: "TrainerModule", step: int) -> Path | None:
-        """Write a checkpoint (`trainer.write_checkpoint(directory)`) and return its path."""
+        """Write a checkpoint (`trainer.write_checkpoint(directory)`) and return its path.
+
+        Or let `trainer.save_in_background` write it, and return None.
+        """
         return None
 
     def on_checkpoint_saved(self, trainer: "Trainer", module: "TrainerModule", path: Path) -> None:
-        """The checkpoint at `path` is complete."""
+        """The checkpoint at `path` is complete; in a later step than `on_checkpoint`'s where a thread wrote it."""
 
     def on_epoch_end(self, trainer: "Trainer", module: "TrainerModule", epoch: int) -> None:
         """Also after a stop in the middle of the epoch."""

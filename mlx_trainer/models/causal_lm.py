@@ -149,7 +149,8 @@ class CausalLMModule(TrainerModule):
     def recomputation(self, batch: Any) -> Policy:
         """What the gradient of unpadded batches of this shape runs again: `recompute`, for "auto" as little as fits.
 
-        It is told, with the memory that is needed, at the first batch and where another shape needs another policy.
+        It is told, with the memory that is needed, at the first batch and where another shape needs another policy, or
+        more memory by a tenth.
         """
         if not self.model.training:
             return "none"
@@ -158,7 +159,7 @@ class CausalLMModule(TrainerModule):
             chosen = memory.choose(self.model, batch, optimizer, limit)
         else:
             chosen = memory.estimate(self.model, batch, optimizer, self.recompute)
-        if chosen.policy not in self._told:
+        if chosen.policy not in self._told or chosen.peak > 1.1 * self._needed:
             log.info("%s", chosen.line(limit))
         if self._needed <= limit < chosen.peak:
             log.warning("More memory than there is: use smaller batches, shorter rows, or a 4-bit model.")

@@ -123,6 +123,16 @@ def test_the_choice_is_told_once_and_bounds_the_cache(
     assert caplog.records[-1].levelname == "WARNING"
 
 
+def test_a_larger_shape_is_told(module: CausalLMModule, caplog: pytest.LogCaptureFixture) -> None:
+    """A shape that needs more memory by a tenth gets a line of its own, a smaller or equal one none."""
+    caplog.set_level(logging.INFO, "mlx_trainer.models")
+    caplog.clear()
+    small, large = batch_of_size(2, 32), batch_of_size(16, 32)
+    assert [module.recomputation(batch) for batch in (small, large, small, large)] == ["none"] * 4
+    told = [record.getMessage().partition(" of ")[0] for record in caplog.records]
+    assert told == [f"Memory: about {peaks(module, batch)['none'] / 1e9:.3g} GB" for batch in (small, large)]
+
+
 def test_without_gradients_nothing_is_chosen(module: CausalLMModule, caplog: pytest.LogCaptureFixture) -> None:
     """Evaluation keeps nothing, so it says nothing."""
     caplog.set_level(logging.INFO, "mlx_trainer.models")

@@ -167,8 +167,7 @@ class MappedArray:
 
     def copy(self, place: slice | NDArray[np.int64]) -> NDArray[Any]:
         """A copy of a slice, or of what stands at some places."""
-        values = self._values[place]
-        values = values.copy() if values.base is not None else values
+        values = np.array(self._values[place])
         self._hand_back(values.nbytes)
         return values
 
