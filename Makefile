@@ -4,13 +4,16 @@ PYTHON ?= python3
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test faults lint format clean
 
 quickstart: $(STAMP)  ## a small base model is trained, then fine-tuned with LoRA, on this machine and without a network
 	$(RUN) recipes/quickstart.py
 
 test: $(STAMP) lint  ## what CI runs
 	$(RUN) -m pytest -n 2 --dist loadfile -q
+
+faults: $(STAMP)  ## the long matrix of faults, as docs/reliability.md tells of it
+	$(RUN) -m pytest tests/faults --faults -n 2 --dist loadfile -q
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -1,6 +1,7 @@
 """What every test shares."""
 
 import os
+from typing import Any
 
 # The workers of pytest-xdist share two cores, and OpenBLAS's waiting threads spin; read when mlx_trainer is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -11,6 +12,23 @@ from hypothesis import settings
 
 settings.register_profile("no deadline", deadline=None)  # cores are shared: a single slow example means nothing
 settings.load_profile("no deadline")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--faults`: the long campaigns of tests/faults, as `make faults` runs them."""
+    parser.addoption("--faults", action="store_true", help="try as many faults as docs/reliability.md tells of")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what the campaigns of faults have shown."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    told = [
+        (report, value) for report in reports for key, value in getattr(report, "user_properties", ()) if key == "fault"
+    ]
+    if terminalreporter.config.getoption("--faults") and told:
+        terminalreporter.write_sep("=", "faults")
+        for report, (fault, result) in told:
+            terminalreporter.write_line(f"| {fault} | {result} | {report.outcome} | {report.nodeid} |")
 
 
 @pytest.fixture(autouse=True, scope="session")
