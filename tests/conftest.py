@@ -21,13 +21,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print what the campaigns of faults have shown."""
-    reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    told = [
-        (report, value) for report in reports for key, value in getattr(report, "user_properties", ()) if key == "fault"
-    ]
-    if terminalreporter.config.getoption("--faults") and told:
-        terminalreporter.write_sep("=", "faults")
-        for report, (fault, result) in told:
+    reports = [report for status in ("passed", "failed") for report in terminalreporter.stats.get(status, ())]
+    told = [(value, report) for report in reports for key, value in report.user_properties if key == "fault"]
+    if terminalreporter.config.getoption("--faults"):
+        for (fault, result), report in told:
             terminalreporter.write_line(f"| {fault} | {result} | {report.outcome} | {report.nodeid} |")
 
 
