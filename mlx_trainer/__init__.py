@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlx_trainer.callbacks import Evaluation as Evaluation
     from mlx_trainer.callbacks import GradientClipping as GradientClipping
     from mlx_trainer.callbacks import LambdaCallback as LambdaCallback
+    from mlx_trainer.callbacks import Ledger as Ledger
     from mlx_trainer.callbacks import MemoryMonitor as MemoryMonitor
     from mlx_trainer.callbacks import MetricsLogger as MetricsLogger
     from mlx_trainer.callbacks import ModelCheckpoint as ModelCheckpoint
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from mlx_trainer.models import MistralLoRAModule as MistralLoRAModule
     from mlx_trainer.module import LossOutput as LossOutput
     from mlx_trainer.module import TrainerModule as TrainerModule
+    from mlx_trainer.result import TrainingResult as TrainingResult
     from mlx_trainer.trainer import Trainer as Trainer
-    from mlx_trainer.trainer import TrainingResult as TrainingResult
 
 _ROOMS = {
     "callback": ("Callback",),
@@ -42,6 +43,7 @@ _ROOMS = {
         "Evaluation",
         "GradientClipping",
         "LambdaCallback",
+        "Ledger",
         "MemoryMonitor",
         "MetricsLogger",
         "ModelCheckpoint",
@@ -55,7 +57,8 @@ _ROOMS = {
     "evaluation": ("EvalMetrics", "GeneratedSample"),
     "models": ("CausalLMModule", "MistralLoRAModule"),
     "module": ("LossOutput", "TrainerModule"),
-    "trainer": ("Trainer", "TrainingResult"),
+    "result": ("TrainingResult",),
+    "trainer": ("Trainer",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

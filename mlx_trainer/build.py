@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from attrs import evolve
+from attrs import asdict, evolve
 
 from mlx_trainer.callback import Callback
 from mlx_trainer.callbacks import (
     EarlyStopping,
     Evaluation,
     GradientClipping,
+    LambdaCallback,
+    Ledger,
     MemoryMonitor,
     MetricsLogger,
     ModelCheckpoint,
@@ -29,6 +31,7 @@ from mlx_trainer.config import Config, ConfigError, DataConfig, LoRAConfig, Mode
 from mlx_trainer.data import DataPipeline, DataReport, render, report_on, show_examples
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
+from mlx_trainer.module import TrainerModule
 from mlx_trainer.monitoring import (
     MonitoringError,
     make_folder,
@@ -39,8 +42,9 @@ from mlx_trainer.monitoring import (
     write_environment,
     write_report,
 )
+from mlx_trainer.result import TrainingResult
 from mlx_trainer.run_folder import check_run_directory, run_directory
-from mlx_trainer.trainer import Trainer, TrainingResult
+from mlx_trainer.trainer import Trainer
 
 log = logging.getLogger("mlx_trainer.build")
 
@@ -68,12 +72,26 @@ def train(config: Config) -> TrainingResult:
     with setup_logging(make_folder(run_dir)):
         # With the folder that was found, so that `train <folder>/config.yaml --resume auto` continues this very run.
         resolved = evolve(config, run=evolve(config.run, directory=str(run_dir)))
-        write_atomic(run_dir / "config.yaml", to_yaml(resolved))
-        write_environment(run_dir, seed=config.data.seed, data=kept(report).as_dict())
+        trainer = build_trainer(resolved, run_dir, describing(resolved, report), evaluating=bool(data.validation_rows))
         try:
-            return build_trainer(resolved, run_dir, evaluating=bool(data.validation_rows)).fit(module, data)
+            return trainer.fit(module, data)
         finally:
-            leave_report(run_dir)
+            if trainer.step_output is not None or not (run_dir / "report.html").exists():
+                leave_report(run_dir)
+
+
+def describing(config: Config, report: DataReport) -> Callback:
+    """Return what writes `config` and the environment into the run folder once it is sure that steps will be taken.
+
+    A resume that is refused, or has nothing left to do, leaves what the folder says of the run as it is.
+    """
+
+    def describe(trainer: Trainer, module: TrainerModule, epoch: int) -> None:
+        if trainer.run_dir is not None and trainer.step_output is None:
+            write_atomic(trainer.run_dir / "config.yaml", to_yaml(config))
+            write_environment(trainer.run_dir, seed=config.data.seed, data=kept(report).as_dict())
+
+    return LambdaCallback("describing", on_epoch_start=describe)
 
 
 def leave_report(run_dir: Path) -> None:
@@ -235,17 +253,22 @@ def build_report(config: Config, data: DataPipeline, module: CausalLMModule, row
     )
 
 
-def build_trainer(config: Config, run_dir: Path, *, evaluating: bool = True) -> Trainer:
-    """Return the trainer with the callbacks that `config` asks for; `evaluating` tells whether rows are held out."""
+def build_trainer(config: Config, run_dir: Path, *first: Callback, evaluating: bool = True) -> Trainer:
+    """Return the trainer with `first` and then the callbacks that `config` asks for.
+
+    `evaluating` tells whether rows are held out.
+    """
     return Trainer(
         max_epochs=config.training.num_epochs,
         max_steps=config.training.max_steps,
         accumulate=config.training.gradient_accumulation_steps,
-        callbacks=build_callbacks(config, evaluating=evaluating),
+        callbacks=[*first, *build_callbacks(config, evaluating=evaluating)],
         log_every=config.training.logging_steps,
         seed=config.data.seed,
         run_dir=run_dir,
         resume=config.run.resume,
+        allow_changes=[name.rpartition(".")[2] for name in config.run.allow_changes],
+        config=asdict(config),
     )
 
 
@@ -264,5 +287,7 @@ def build_callbacks(config: Config, *, evaluating: bool = True) -> list[Callback
         callbacks.append(SampleGenerator(evaluation.sample_prompts, every=every, max_tokens=evaluation.sample_tokens))
     if config.run.tensorboard:
         callbacks.append(TensorBoardLogger())
+    if config.run.ledger:
+        callbacks.append(Ledger())
     best = "val/loss" if evaluating and training.keep_best else None
     return [*callbacks, ModelCheckpoint(every=training.save_steps, keep_last=training.keep_last, monitor=best)]

@@ -151,6 +151,10 @@ class Callback:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
 
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What of it decides on the trained numbers: a resumed run must have the same, or be allowed the change."""
+        return {self.name: "transforms gradients"} if overrides(self, "transform_gradients") else {}
+
     def latest_checkpoint(self) -> Path | None:
         """The newest good checkpoint of this run, for `resume="auto"`; only what writes checkpoints knows one."""
         return None

@@ -136,6 +136,8 @@ def config_of(given: Given) -> Config:
     """Return defaults < files < command line; data files on the command line are `data.dataset_path`."""
     files, data = split_inputs(given["inputs"])
     values = overrides(given)
+    if "ledger" in given:
+        values["run.ledger"] = True
     if data:
         values["data.dataset_path"] = dataset_of(data)
     return load_config(*files, overrides=values)
@@ -237,6 +239,7 @@ COMMANDS = {
         ALL,
         {
             "inputs": FILES,
+            "--ledger": {"action": "store_true", "help": "short for --run.ledger true"},
             "--print-config": {"action": "store_true", "help": "print the resolved configuration and stop"},
         },
     ),

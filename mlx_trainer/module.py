@@ -67,6 +67,14 @@ class TrainerModule:
         """The optimizer of a run of `total_steps` updates (None where only time limits the run)."""
         return optimizers.AdamW(learning_rate=1e-3, bias_correction=True)
 
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What of it decides on the trained numbers, as JSON values by name, beside what the trainer sees itself.
+
+        The trainer sees the optimizer's class and constants, and the frozen parameters. A run is resumed only where
+        these are what they were, or where `Trainer(allow_changes=…)` names what is not.
+        """
+        return {}
+
     def count(self, batch: Any) -> Mapping[str, int]:
         """Sizes of a batch known on the host, such as {"tokens": 700, "positions": 768}; each is logged per second.
 

@@ -3,8 +3,7 @@
 import copy
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_trainer import __version__
 from mlx_trainer.callback import Callback
 from mlx_trainer.checkpoint import FORMAT_VERSION, CheckpointError, verify
 from mlx_trainer.loaders import Loader, ResumableLoader
 from mlx_trainer.module import TrainerModule, check_parameters
+from mlx_trainer.resuming import Identity
 from mlx_trainer.state import TrainingState, key_to_seed, random_key, restore_random_state
 
 logger = logging.getLogger(__name__)
@@ -36,6 +35,7 @@ class Snapshot:
     state: TrainingState
     callbacks: Sequence[Callback]
     loader: Loader
+    identity: Identity
 
     def write(self, directory: Path) -> None:
         """Fill `directory` with the run as it stands between two steps."""
@@ -58,29 +58,44 @@ class Snapshot:
         if frozen and mx.cuda.is_available():
             module.model.update(copied_arrays(module.model.trainable_parameters()))
             optimizer = copied_arrays(optimizer)
-        return TakenSnapshot(module, optimizer, random_key(), json.dumps(contents))
+        return TakenSnapshot(module, optimizer, random_key(), self.identity, json.dumps(contents))
 
-    def read(self, directory: Path) -> None:
-        """Put everything back; the run continues bit for bit. Raises CheckpointError where anything does not fit."""
+    def resume(self, where: str | Path | None, allowed: Collection[str] = ()) -> None:
+        """Read the checkpoint at `where`, at "auto" the newest good one if there is any, and tell of it."""
+        found = (callback.latest_checkpoint() for callback in self.callbacks)
+        path = next((path for path in found if path is not None), None) if where == "auto" else where
+        if path is not None:
+            self.read(Path(path), allowed)
+            logger.info("resumed from %s: step %d, epoch %d", path, self.state.step, self.state.epoch)
+
+    def read(self, directory: Path, allowed: Collection[str] = ()) -> None:
+        """Put everything back; the run continues bit for bit.
+
+        Raises CheckpointError, and changes nothing, where anything does not fit, or differs that decides on the numbers
+        and is not among the `allowed` names (see `Identity.check`).
+        """
         verify(directory)
         contents = json.loads((directory / STATE_FILE).read_text())
+        self.identity.check(directory, contents, allowed)
         try:
             self.module.load(directory)
-            self._read_optimizer(directory / OPTIMIZER_FILE)
+            self._read_optimizer(directory / OPTIMIZER_FILE, allowed)
         except ValueError as error:
             raise CheckpointError(f"cannot resume from {directory}: {error}") from error
         for field in attrs.fields(TrainingState):
-            setattr(self.state, field.name, contents[field.name])
+            setattr(self.state, field.name, contents.get(field.name, getattr(self.state, field.name)))
         self._read_callbacks(contents["callbacks"])
         if isinstance(self.loader, ResumableLoader) and contents["loader"] is not None:
             self.loader.load_state_dict(contents["loader"])
         restore_random_state(contents["random_state"])
 
-    def _read_optimizer(self, path: Path) -> None:
-        loaded = mx.load(str(path))
+    def _read_optimizer(self, path: Path, allowed: Collection[str]) -> None:
+        loaded, fresh = mx.load(str(path)), dict(tree_flatten(self.optimizer.state))
         assert isinstance(loaded, dict)
-        check_parameters(dict(tree_flatten(self.optimizer.state)), loaded, str(path))
+        check_parameters(fresh, loaded, str(path))
         mx.eval(loaded)  # mx.load is lazy: read now, before the file may change
+        if {"learning_rate", "all"} & set(allowed) and "learning_rate" in fresh:
+            loaded["learning_rate"] = fresh["learning_rate"]  # a constant one is a part of the state
         self.optimizer.state = tree_unflatten(list(loaded.items()))
         self.optimizer.init(self.module.model.trainable_parameters())
 
@@ -100,13 +115,15 @@ class TakenSnapshot:
     module: TrainerModule
     optimizer: dict[str, mx.array]
     random_key: mx.array
+    identity: Identity
     contents: str
     """The rest as JSON, so that nothing in it can change."""
 
     @property
     def arrays(self) -> Any:
         """The arrays that `write` reads, as a tree."""
-        return self.module.model.trainable_parameters(), self.optimizer, self.random_key
+        own = self.module.model.trainable_parameters(), self.optimizer, self.random_key
+        return own, dict(self.identity.frozen_sums)
 
     def write(self, directory: Path) -> None:
         """Fill `directory`."""
@@ -117,7 +134,7 @@ class TakenSnapshot:
             "format_version": FORMAT_VERSION,
             **json.loads(self.contents),
             "random_state": key_to_seed(self.random_key),
-            "versions": {"mlx": version("mlx"), "mlx_trainer": __version__},
+            **self.identity.as_dict(),
         }
         (directory / STATE_FILE).write_text(json.dumps(contents, indent=2) + "\n")
 

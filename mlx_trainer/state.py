@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import attrs
 import mlx.core as mx
@@ -20,6 +21,10 @@ class TrainingState:
     """Sums of `module.count(batch)`, such as {"tokens": 81920}."""
     seconds: float = 0.0
     """Time spent in `fit`."""
+    metrics: dict[str, float] = attrs.field(factory=dict)
+    """The last logged values, so that a finished run that is resumed gives the same result."""
+    evaluation: dict[str, Any] | None = None
+    """The last evaluation, its fields by name."""
 
     def consume(self, micro_batches: Sequence[Mapping[str, int]]) -> None:
         """One more step, made of micro-batches of these sizes."""

@@ -21,6 +21,8 @@ from mlx_trainer.interval import LogInterval, StepRecord
 from mlx_trainer.limits import Limits
 from mlx_trainer.loaders import DataSource, Loader
 from mlx_trainer.module import TrainerModule
+from mlx_trainer.result import TrainingResult
+from mlx_trainer.resuming import Identity
 from mlx_trainer.snapshot import Snapshot
 from mlx_trainer.state import TrainingState
 from mlx_trainer.step import StepOutput, TrainStep
@@ -33,28 +35,14 @@ class TrainingError(RuntimeError):
     """Training cannot go on, for instance because its numbers stay non-finite."""
 
 
-@attrs.frozen
-class TrainingResult:
-    """How a run ended."""
-
-    steps: int
-    epochs: int
-    """Epochs completed."""
-    stop_reason: str
-    seconds: float
-    metrics: Mapping[str, float]
-    """The last logged values by TensorBoard tag."""
-    evaluation: EvalMetrics | None
-    """The last evaluation."""
-    counts: Mapping[str, int]
-
-
 class Trainer:
     """Trains any `TrainerModule`; everything that is not the loop itself is a callback.
 
     The run ends at whichever of `max_epochs`, `max_steps` and `max_time` comes first; without any it is one epoch.
     `max_time` is seconds, a timedelta, or "DD:HH:MM:SS". One step is one optimizer update over `accumulate`
-    micro-batches. `resume` is None, "auto" (the newest good checkpoint, if there is one) or a checkpoint's path.
+    micro-batches. `resume` is None, "auto" (the newest good checkpoint, if there is one) or a checkpoint's path. Raises
+    CheckpointError where what decides on the numbers has changed since, unless `allow_changes` names it (or "all").
+    `config` is kept in checkpoints as it is, to say what a run was made from.
 
     For trying things out: `fast_dev_run=n` takes n steps and n validation batches without loggers and checkpoints
     (True is 1), `overfit_batches=n` trains and validates on the first n batches, `limit_validation_batches` takes a
@@ -72,6 +60,8 @@ class Trainer:
         seed: int = 42,
         run_dir: str | Path | None = None,
         resume: Literal["auto"] | str | Path | None = None,
+        allow_changes: Iterable[str] = (),
+        config: Mapping[str, Any] | None = None,
         fast_dev_run: bool | int = False,
         overfit_batches: int = 0,
         limit_validation_batches: int | float | None = None,
@@ -83,7 +73,8 @@ class Trainer:
         self.limits = Limits.of(max_epochs, min(filter(None, (max_steps, int(fast_dev_run))), default=None), max_time)
         self.accumulate, self.log_every, self.seed = accumulate, 1 if fast_dev_run else log_every, seed
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self.resume, self.overfit_batches = resume, overfit_batches
+        self.resume, self.allow_changes, self.config = resume, tuple(allow_changes), config
+        self.overfit_batches = overfit_batches
         self.limit_validation_batches = int(fast_dev_run) or limit_validation_batches
         kept = (callback for callback in callbacks if not fast_dev_run or callback.phase == "callback")
         self.events = Events(kept)
@@ -98,6 +89,7 @@ class Trainer:
         self.stop_reason: str | None = None
         self.total_steps: int | None = None
         self.step_output: StepOutput | None = None
+        self.step_metadata: Sequence[Any] = ()
         self.recent_steps: tuple[StepRecord, ...] = ()
         self.metrics: dict[str, float] = {}
         self.evaluation: EvalMetrics | None = None
@@ -217,28 +209,24 @@ class Trainer:
         """The optimizer, what a checkpoint restores, and only then the compiled step, which captures both."""
         self.optimizer = self.module.configure_optimizer(self.total_steps)
         self.optimizer.init(self.module.model.trainable_parameters())
-        self._snapshot = Snapshot(self.module, self.optimizer, self.state, self.events.callbacks, self._train_loader)
-        path = self._resume_path()
-        if path is not None:
-            self._snapshot.read(path)
-            logger.info("resumed from %s: step %d, epoch %d", path, self.state.step, self.state.epoch)
+        parts = self.module, self.optimizer, self.state, self.events.callbacks, self._train_loader
+        self._snapshot = Snapshot(*parts, Identity.of(self, self._train_loader))
+        self._snapshot.resume(self.resume, self.allow_changes)
+        self.metrics = self.state.metrics
+        self.evaluation = None if self.state.evaluation is None else EvalMetrics(**self.state.evaluation)
         self.module.model.train()
         mx.eval(self.module.model.parameters(), self.optimizer.state)
         self._step = TrainStep(self.module, self.optimizer, self.accumulate, self.events.transforms, self.events.guards)
         self._interval = LogInterval(self.state.counts)
         self._started = time.perf_counter() - self.state.seconds
 
-    def _resume_path(self) -> Path | None:
-        if self.resume != "auto":
-            return None if self.resume is None else Path(self.resume)
-        found = (callback.latest_checkpoint() for callback in self.events.callbacks)
-        return next((path for path in found if path is not None), None)
-
     # The loop.
 
     def _run_epochs(self) -> None:
         self._pause()  # what was asked for in on_fit_start
         self._stop_at_limits()
+        if self.stop_reason and self.state.step:
+            logger.info("this run has ended already (%s): there is nothing left to do", self.stop_reason)
         while not self.stop_reason:
             epoch = self.state.epoch
             self.events.emit("on_epoch_start", self, self.module, epoch)
@@ -268,7 +256,8 @@ class Trainer:
             mx.eval(ahead.total)
 
         self.state.consume([self.module.count(batch) for batch in window])
-        self._interval.add(step, self.step_output, [getattr(batch, "metadata", None) for batch in window])
+        self.step_metadata = [getattr(batch, "metadata", None) for batch in window]
+        self._interval.add(step, self.step_output, self.step_metadata)
         self.events.emit_step("on_step_end", self, self.module, step)
         self._stop_at_limits()
         self._log_due = step % self.log_every == 0 or self.stop_reason is not None
@@ -296,13 +285,14 @@ class Trainer:
         metrics, self.recent_steps = self._interval.read(self.state.counts)
         metrics |= self._saves.stall()
         self.events.emit("on_log", self, self.module, self.recent_steps[-1].step, metrics)
-        self.metrics = metrics
+        self.metrics = self.state.metrics = metrics
 
     def _evaluate(self) -> EvalMetrics:
         self.events.emit("on_evaluation_start", self, self.module, self.state.step)
         self._evaluation_step = self._evaluation_step or EvaluationStep(self.module, self.validation_metrics)
         self.evaluation = self._evaluation_step(self.validation_loader or [])
         self.events.emit("on_evaluation_end", self, self.module, self.state.step, self.evaluation)
+        self.state.evaluation = attrs.asdict(self.evaluation)
         return self.evaluation
 
     def _stop_at_limits(self) -> None:

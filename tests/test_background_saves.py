@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, Any]:
             tensors = mx.load(str(file))
             assert isinstance(tensors, dict)
             held |= {f"{path.name}/{file.name}/{name}": np.array(value).tobytes() for name, value in tensors.items()}
-        held[path.name] = json.loads((path / "state.json").read_text()) | {"seconds": None}
+        held[path.name] = json.loads((path / "state.json").read_text()) | {"seconds": None, "metrics": None}
     return held
 
 

@@ -111,7 +111,9 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "evaluation.patience": by_name["EarlyStopping"].patience if "EarlyStopping" in by_name else None,
         "run.directory": str(build.run_directory(found)),
         "run.resume": trainer.resume,
+        "run.allow_changes": trainer.allow_changes,
         "run.tensorboard": "TensorBoardLogger" in by_name,
+        "run.ledger": "Ledger" in by_name,
     }
 
 
@@ -162,7 +164,9 @@ CHANGED: dict[str, object] = {
     "evaluation.patience": 6,
     "run.directory": "elsewhere",
     "run.resume": "auto",
+    "run.allow_changes": ("learning_rate",),
     "run.tensorboard": False,
+    "run.ledger": True,
 }
 NEEDED_TOO: dict[str, dict[str, object]] = {"evaluation.sample_tokens": {"evaluation.sample_prompts": ["Who?"]}}
 

@@ -40,6 +40,11 @@ class EarlyStopping(Callback):
         self._reset()
         self._fitting = stage == "fit"
 
+    def on_fit_start(self, trainer: Trainer, module: TrainerModule) -> None:
+        """A run that was stopped here and is resumed has nothing left to do, unless it is given more patience."""
+        if self.without_improvement >= self.patience:
+            trainer.request_stop(f"{self.monitor} did not improve for {self.patience} readings")
+
     def on_log(self, trainer: Trainer, module: TrainerModule, step: int, metrics: dict[str, float]) -> None:
         """Read a metric of the training."""
         if not self.monitor.startswith("val/"):

@@ -1,6 +1,7 @@
 """Bounded gradients."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -28,6 +29,10 @@ class GradientClipping(Callback):
             if limit is not None and not limit > 0:
                 raise ValueError(f"GradientClipping: {name} is {limit}; it must be above 0")
         self.max_norm, self.max_value = max_norm, max_value
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The limits."""
+        return {"max_grad_norm": self.max_norm, "max_grad_value": self.max_value}
 
     def transform_gradients(
         self, gradients: Gradients, context: StepContext

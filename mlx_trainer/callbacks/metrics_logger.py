@@ -36,7 +36,7 @@ class MetricsLogger(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: TrainerModule) -> None:
         """Open the file at the step where the run begins."""
-        self._lines = lines_up_to(self._path(trainer), trainer.state.step)
+        self._lines, _ = lines_up_to(self._path(trainer), trainer.state.step)
         self._started = time.perf_counter() - trainer.state.seconds
 
     def on_log(self, trainer: Trainer, module: TrainerModule, step: int, metrics: dict[str, float]) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints, and the finished result."""
 
+import filecmp
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,8 +142,10 @@ class ModelCheckpoint(Callback):
             return store.save(step, trainer.write_checkpoint, protect)
 
     def on_fit_end(self, trainer: Trainer, module: TrainerModule) -> None:
-        """Write the result."""
-        write_directory(self.store.directory.parent / module.artifact, module.save)
+        """Write the result, unless a finished run was resumed and it is there already."""
+        result = self.store.directory.parent / module.artifact
+        if trainer.step_output is not None or not same_files(result, self.store.latest()):
+            write_directory(result, module.save)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value of which metric, and its step."""
@@ -152,3 +155,10 @@ class ModelCheckpoint(Callback):
         """Go on from there, unless it is another metric's."""
         if state["monitor"] == self.monitor:
             self.best = Best(**state["best"])
+
+
+def same_files(folder: Path, other: Path | None) -> bool:
+    """Whether `other` has every file of `folder`, byte for byte, and `folder` has one at least."""
+    files = [path for path in folder.glob("*") if path.is_file()]
+    pairs = [(path, other / path.name) for path in files] if other is not None else []
+    return bool(pairs) and all(twin.is_file() and filecmp.cmp(path, twin, shallow=False) for path, twin in pairs)

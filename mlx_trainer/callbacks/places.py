@@ -26,11 +26,13 @@ def writable_folder(folder: Path) -> Path:
         raise OSError(error.errno, f"cannot write into this folder: {error.strerror}", str(folder)) from error
 
 
-def lines_up_to(path: Path, step: int) -> JsonLines:
-    """Open a file of records with a `step`, without those that a run beginning at `step` writes again (at 0: all)."""
-    if path.exists():
-        records = read_json_lines(path)
-        kept = [record for record in records if 0 < step >= int(record["step"])]
-        if len(kept) < len(records):
-            write_atomic(path, "".join(to_json(record) + "\n" for record in kept))
-    return JsonLines(path)
+def lines_up_to(path: Path, step: int) -> tuple[JsonLines, int]:
+    """Open a file of records with a `step`, without those that a run beginning at `step` writes again (at 0: all).
+
+    Also returns the step of the last record that stays, 0 where none does.
+    """
+    records = read_json_lines(path) if path.exists() else []
+    kept = [record for record in records if 0 < step >= int(record["step"])]
+    if len(kept) < len(records):
+        write_atomic(path, "".join(to_json(record) + "\n" for record in kept))
+    return JsonLines(path), int(kept[-1]["step"]) if kept else 0

@@ -77,9 +77,10 @@ class SampleGenerator(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: TrainerModule) -> None:
         """Open the file at the step where the run begins."""
-        if (path := self._path(trainer)) is not None:
-            self._lines = lines_up_to(path, trainer.state.step)
         self._answered_step = trainer.state.step or None  # a resumed step had its turn
+        if (path := self._path(trainer)) is not None:  # unless it was the last one, and the end was cut off
+            self._lines, answered = lines_up_to(path, trainer.state.step)
+            self._answered_step = answered or None
 
     def on_epoch_start(self, trainer: Trainer, module: TrainerModule, epoch: int) -> None:
         """The untrained model's answers; by now every logger is open."""

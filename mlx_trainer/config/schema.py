@@ -127,7 +127,9 @@ class RunConfig:
     resume: str | None = option(
         "auto (the newest checkpoint of the run folder) or a checkpoint's folder", None, NOT_EMPTY
     )
+    allow_changes: Sequence[str] = option("What a resumed run may have changed, such as learning_rate; or all", ())
     tensorboard: bool = option("Write TensorBoard files", True)
+    ledger: bool = option("Write which rows each step was trained on, to ledger.jsonl", False)
 
 
 @frozen

@@ -114,6 +114,7 @@ class DataPipeline:
             tell_notes(store, recipe)
             if vocabulary_size is not None:
                 check_vocabulary(store, vocabulary_size, encoder)
+        self._recipe = recipe.settings()
         self.weights = [source.weight for source in sources.train]
         train, held_out = stores[: len(sources.train)], stores[len(sources.train) :]
         self.train_rows, self.validation_rows = divide(Rows.of(train), Rows.of(held_out), seed, train_split)
@@ -141,6 +142,7 @@ class DataPipeline:
             workers=self.num_workers,
             rank=rank,
             ranks=ranks,
+            recipe=self._recipe,
         )
 
     def validation_loader(self) -> BatchLoader | None:

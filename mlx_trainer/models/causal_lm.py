@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+from attrs import asdict
 from mlx.optimizers import Optimizer
 
 from mlx_trainer import runtime
@@ -175,6 +176,13 @@ class CausalLMModule(TrainerModule):
     def configure_optimizer(self, total_steps: int | None) -> Optimizer:
         """Return the optimizer that the constructor's arguments describe."""
         return build_optimizer(**self._optimization, total_steps=total_steps)  # type: ignore[arg-type]
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Return method, adapters, type and learning rate; the base model is told by its parameters themselves."""
+        lora = {} if self.lora is None else {f"lora_{name}": value for name, value in asdict(self.lora).items()}
+        names = ("learning_rate", "schedule", "warmup_steps", "weight_decay")
+        optimization = {name: self._optimization[name] for name in names}
+        return {"method": "full" if self.lora is None else "lora", "dtype": self.dtype, **lora, **optimization}
 
     def count(self, batch: Any) -> Mapping[str, int]:
         """Return the rows, real tokens and trained tokens of a batch, and the positions computed for them.

@@ -62,6 +62,10 @@ class JsonLines:
         self._file.write(to_json(record) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Wait until all records are on the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         self._file.close()

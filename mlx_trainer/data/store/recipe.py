@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -32,12 +32,27 @@ class Recipe:
 
     def parts(self) -> Iterator[str]:
         """All that makes a difference, as texts."""
-        yield vocabulary(self.tokenizer)
-        special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, template(self.tokenizer))
-        yield repr((special, self.encoder.completion_style, self.max_seq_length, self.truncation))
+        yield self.tokenizer_digest
+        yield repr((self.encoder.completion_style, self.max_seq_length, self.truncation))
         yield self.mapping.canonical
         yield from (VERSIONS, source_code())
         yield from (own_format(name) for name in FORMATS)
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """A digest of all that the tokenizer does: vocabulary, special tokens and chat template."""
+        special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, template(self.tokenizer))
+        text = repr((vocabulary(self.tokenizer), special))
+        return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).hexdigest()
+
+    def settings(self) -> Mapping[str, object]:
+        """What a resumed run must have as it was, by name."""
+        return {
+            "tokenizer": self.tokenizer_digest,
+            "completion_style": self.encoder.completion_style,
+            "max_seq_length": self.max_seq_length,
+            "truncation": self.truncation,
+        }
 
     @cached_property
     def digest(self) -> bytes:
