@@ -63,7 +63,7 @@ class Identity:
             "seed": trainer.seed,
             "accumulate": trainer.accumulate,
             "batches_per_epoch": len(loader),
-            "parameter_types": sorted({str(leaf.dtype) for leaf in leaves(model.trainable_parameters())}),
+            "parameter_types": sorted({type_name(leaf) for leaf in leaves(model.trainable_parameters())}),
             **optimizer_settings(trainer.optimizer),
         }
         for part in (loader, *trainer.events.callbacks, trainer.module):
@@ -123,7 +123,7 @@ def optimizer_settings(optimizer: optimizers.Optimizer) -> dict[str, Any]:
     simple = {name: value for name, value in constants.items() if isinstance(value, (int, float, list, tuple))}
     found = {"optimizer": type(optimizer).__name__, **simple}
     if "learning_rate" in optimizer.state and "learning_rate" not in optimizer._schedulers:
-        found["learning_rate"] = round(float(optimizer.learning_rate.item()), 12)
+        found["learning_rate"] = float(f"{optimizer.learning_rate.item():.7g}")  # as float32 has it
     return found
 
 
@@ -136,10 +136,15 @@ def frozen_sums(model: nn.Module) -> dict[str, mx.array]:
     """
     every, trained = dict(tree_flatten(model.parameters())), dict(tree_flatten(model.trainable_parameters()))
     return {
-        f"{name} {leaf.dtype} {list(leaf.shape)}": leaf.reshape(-1).view(UNSIGNED[leaf.itemsize]).sum()
+        f"{name} {type_name(leaf)} {list(leaf.shape)}": leaf.reshape(-1).view(UNSIGNED[leaf.itemsize]).sum()
         for name, leaf in every.items()
         if name not in trained
     }
+
+
+def type_name(array: mx.array) -> str:
+    """Such as "float32"."""
+    return str(array.dtype).removeprefix("mlx.core.")
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -57,7 +57,7 @@ class EarlyStopping(Callback):
 
     def on_fit_end(self, trainer: Trainer, module: TrainerModule) -> None:
         """Say so where it never had anything to read."""
-        if self.readings == 0:
+        if self.readings == 0 and trainer.step_output is not None:
             logger.warning("EarlyStopping never read %s: no evaluation was made; add Evaluation()", self.monitor)
 
     def _read(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:

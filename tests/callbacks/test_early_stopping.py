@@ -101,6 +101,11 @@ def test_patience_goes_on_in_a_resumed_run(tmp_path: Path) -> None:
     _, result = fit(callbacks(), validation=VALIDATION, max_epochs=4, resume="auto")
     assert result.steps == 8
 
+    _, again = fit(callbacks(), validation=VALIDATION, max_epochs=4, resume="auto")  # it has ended: no further step
+    assert (again.steps, again.stop_reason) == (8, "val/score did not improve for 3 readings")
+    patient = [*callbacks()[:2], EarlyStopping("val/score", patience=4), ModelCheckpoint(tmp_path)]
+    assert fit(patient, validation=VALIDATION, max_epochs=4, resume="auto")[1].steps == 10
+
 
 def test_a_second_fit_begins_anew() -> None:
     """The best of an earlier run is no measure for the next."""

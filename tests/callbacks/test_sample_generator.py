@@ -157,6 +157,17 @@ def test_resuming_a_finished_run_asks_nothing(tmp_path: Path) -> None:
     assert [record["step"] for record in records(tmp_path / "samples.jsonl")] == [0, 6]
 
 
+def test_answers_at_the_end_that_a_kill_cut_off_are_given_by_the_next_run(tmp_path: Path) -> None:
+    """Between the last checkpoint and the end there are only they: the finished run is resumed for them."""
+    for _ in range(2):
+        fit([SampleGenerator(["Hello"]), ModelCheckpoint()], run_dir=tmp_path, resume="auto")
+        path = tmp_path / "samples.jsonl"
+        whole = path.read_text()
+        path.write_text(whole.splitlines(keepends=True)[0])
+    fit([SampleGenerator(["Hello"]), ModelCheckpoint()], run_dir=tmp_path, resume="auto")
+    assert path.read_text() == whole
+
+
 def test_validate_alone_asks_nothing(tmp_path: Path) -> None:
     """trainer.validate measures; answers belong to training."""
     module = Regression()
