@@ -1,8 +1,8 @@
 """One turn of mlx-lm's own trainer on the rows of a configuration: `python -m mlx_trainer.benchmarking.peer CONFIG`.
 
-Everything is as `mlx_lm.lora` has it: its loop (`mlx_lm.tuner.trainer.train`), its batches and padding, its dataset
-(whose rows it leaves unsorted, see `as_records`), its adapters, its optimizer with a constant learning rate. Model, dtype, layers with adapters, rank, scale, dropout, rows, rows per
-update and the learning rate are the configuration's. Prints one JSON object.
+Everything is as `mlx_lm.lora` has it: its loop (`mlx_lm.tuner.trainer.train`), its dataset, batches and padding, its
+adapters, its optimizer with a constant learning rate. Model, dtype, layers with adapters, rank, scale, dropout, rows,
+rows per update and the learning rate are the configuration's. Prints one JSON object.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def as_records(rows: Sequence[Row]) -> Any:
     """
     from mlx_lm.tuner.datasets import CacheDataset
 
-    return CacheDataset(EncodedChats(rows))  # type: ignore[no-untyped-call]
+    return CacheDataset(EncodedChats(rows))
 
 
 def without_our_settings() -> None:
