@@ -128,13 +128,16 @@ def peer(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
+    from mlx_trainer.benchmarking.peer import as_records, without_our_settings
     from mlx_trainer.models.loading import load_tokenizer
 
+    without_our_settings()
     tokenizer = load_tokenizer(folder / "base", trust_remote_code=False)
     loader = data_of(folder, arguments, tokenizer).train_loader()
-    rows = [row.ids.tolist() for row in loader.rows]
+    rows = [(row.ids.tolist(), 0) for row in loader.rows]
     accumulate = max(round(len(rows) / len(loader) / PEER_BATCH), 1)
     rows = rows[: arguments.peer_rows]
+    dataset = rows if arguments.peer_sorted else as_records(rows)
     model, _ = load_model(folder / "base")
     model.freeze()
     keys = [f"{'mlp' if name in ALL_LINEAR[4:] else 'self_attn'}.{name}" for name in TARGETS[arguments.targets]]
@@ -151,9 +154,9 @@ def peer(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(2):
         mx.reset_peak_memory()
         start = time.perf_counter()
-        train(model, optimizers.AdamW(2e-4), [(row, 0) for row in rows], args=options)
+        train(model, optimizers.AdamW(2e-4), dataset, args=options)
         rounds.append(time.perf_counter() - start)
-    return figures(rounds, sum(map(len, rows)), PEER_BATCH * accumulate)
+    return figures(rounds, sum(len(ids) for ids, _ in rows), PEER_BATCH * accumulate)
 
 
 def figures(rounds: list[float], tokens: int, rows_per_update: float) -> dict[str, Any]:
@@ -221,6 +224,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, help="pack the base")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--peer-rows", type=int, help="so many rows are enough for mlx_lm, whose rate does not change")
+    parser.add_argument("--peer-sorted", action="store_true", help="hand mlx_lm a list, which it sorts by length")
     parser.add_argument("--only", choices=list(RUNS), nargs="+", default=list(RUNS))
     parser.add_argument("--kernels", type=Path, help="keep CUDA kernels in this folder")
     parser.add_argument("--base", type=Path, help="keep the base in this folder")

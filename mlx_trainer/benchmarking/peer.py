@@ -1,8 +1,8 @@
 """One turn of mlx-lm's own trainer on the rows of a configuration: `python -m mlx_trainer.benchmarking.peer CONFIG`.
 
-Everything is as `mlx_lm.lora` has it: its loop (`mlx_lm.tuner.trainer.train`), its batches and padding, its adapters,
-its optimizer with a constant learning rate. Model, dtype, layers with adapters, rank, scale, dropout, rows, rows per
-update and the learning rate are the configuration's. Prints one JSON object.
+Everything is as `mlx_lm.lora` has it: its loop (`mlx_lm.tuner.trainer.train`), its dataset, batches and padding, its
+adapters, its optimizer with a constant learning rate. Model, dtype, layers with adapters, rank, scale, dropout, rows,
+rows per update and the learning rate are the configuration's. Prints one JSON object.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import numpy as np
+from attrs import frozen
 
 from mlx_trainer import build, runtime
 from mlx_trainer.benchmarking.comparing import OPTIMIZERS
@@ -34,6 +35,40 @@ from mlx_trainer.models.lora import linear_layers, target_paths
 FOREVER = 10**9
 Row = tuple[list[int], int]
 """Ids, and how many of them `--mask-prompt` leaves out of the loss."""
+
+
+@frozen
+class EncodedChats:
+    """What mlx-lm's `ChatDataset` is to its trainer, but for the encoding, which is done."""
+
+    rows: Sequence[Row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Row]:
+        return {"messages": self.rows[number]}
+
+    def process(self, record: dict[str, Row]) -> Row:
+        """The ids of a record, and how many are masked."""
+        return record["messages"]
+
+
+def as_records(rows: Sequence[Row]) -> Any:
+    """The dataset that `mlx_lm.lora` makes of a file of chats.
+
+    mlx-lm means to sort rows by length, but takes the number of a record's keys, one, for it (0.32.2): its batches are
+    rows in the order of the file.
+    """
+    from mlx_lm.tuner.datasets import CacheDataset
+
+    return CacheDataset(EncodedChats(rows))
+
+
+def without_our_settings() -> None:
+    """Let MLX, which reads them when it first computes, find the environment as mlx-lm's users have it."""
+    for name in set(os.environ) - set(runtime.foreign_environment()):
+        del os.environ[name]
 
 
 def run(config: Config, extent: Extent) -> PeerReport:
@@ -59,7 +94,7 @@ def run(config: Config, extent: Extent) -> PeerReport:
         optimizer = getattr(optimizers, OPTIMIZERS[config.training.optimizer])(
             learning_rate=config.training.learning_rate
         )
-        train(model, optimizer, rows, args=options, iterate_batches=clock.batches)
+        train(model, optimizer, as_records(rows), args=options, iterate_batches=clock.batches)
     return clock.report(runtime.memory_bytes().peak / 1e9)
 
 
@@ -112,8 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--warmup", type=int)
     given = parser.parse_args(arguments)
-    for name in set(os.environ) - set(runtime.foreign_environment()):
-        del os.environ[name]  # MLX reads it when it first computes: mlx-lm's users run without our settings
+    without_our_settings()
     try:
         report = run(load_config(given.config), Extent(given.steps, given.warmup))
     except ConfigError as error:

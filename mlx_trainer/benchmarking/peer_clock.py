@@ -45,10 +45,11 @@ class PeerClock:
     ) -> None:
         self.extent, self.accumulate, self.begun, self.now = extent, accumulate, begun, now
         self.epoch_batches = len(rows) // batch_size
-        lengths = sorted(len(ids) for ids, _ in rows)
-        # It sorts by length and drops what is left over, the longest rows; a batch as wide as this is its widest.
-        self.longest = lengths[self.epoch_batches * batch_size - 1]
-        widths = {-(-length // 32) for length in lengths[batch_size - 1 :: batch_size]}
+        # Its batches are rows in their order, as wide as the longest of them; those left over are dropped.
+        batches = (rows[first : first + batch_size] for first in range(0, self.epoch_batches * batch_size, batch_size))
+        longest = [max(len(ids) for ids, _ in batch) for batch in batches]
+        self.longest = max(longest)
+        widths = {-(-length // 32) for length in longest}
         self.variants = len(widths) * min(accumulate, 3)
         """mlx-lm compiles a width anew for the first, the middle and the last batch of an update."""
         self.done: list[float] = []
