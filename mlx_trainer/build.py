@@ -5,7 +5,7 @@ Everything that can be wrong with the inputs is found before the run folder is m
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,17 +258,23 @@ def build_trainer(config: Config, run_dir: Path, *first: Callback, evaluating: b
 
     `evaluating` tells whether rows are held out.
     """
+    callbacks = [*first, *build_callbacks(config, evaluating=evaluating)]
+    allowed = [name.rpartition(".")[2] for name in config.run.allow_changes]
+    return trainer_with(config, callbacks, run_dir=run_dir, allow_changes=allowed)
+
+
+def trainer_with(config: Config, callbacks: Iterable[Callback], **options: Any) -> Trainer:
+    """Return the trainer that `config` asks for, but with `callbacks`, and with further `options` of `Trainer`."""
     return Trainer(
         max_epochs=config.training.num_epochs,
         max_steps=config.training.max_steps,
         accumulate=config.training.gradient_accumulation_steps,
-        callbacks=[*first, *build_callbacks(config, evaluating=evaluating)],
+        callbacks=callbacks,
         log_every=config.training.logging_steps,
         seed=config.data.seed,
-        run_dir=run_dir,
         resume=config.run.resume,
-        allow_changes=[name.rpartition(".")[2] for name in config.run.allow_changes],
         config=asdict(config),
+        **options,
     )
 
 

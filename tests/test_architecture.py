@@ -56,7 +56,9 @@ ALLOWED = {
     "run_folder": {"checkpoint", "config"},
     "build": CORE | LEAVES | {"run_folder", "callbacks", "data", "models", "optim"},
     "benchmarking": CORE | LEAVES | {"_blas", "build", "data", "models"},
-    "cli": {"benchmarking", "build", "__init__"} | CORE | LEAVES | {"data", "models"},
+    "replaying": CORE | LEAVES | {"build", "data", "models"},
+    "commands": {"benchmarking", "build", "replaying"} | CORE | LEAVES | {"data", "models"},
+    "cli": {"commands", "config", "__init__"},
     "__main__": {"cli"},
     "__init__": None,  # names everything, imports it lazily
 }

@@ -22,6 +22,7 @@ from mlx_trainer.data.batches.strata import Indices, Stratum, plain, strata_of
 from mlx_trainer.data.batches.unpadded import UnpaddedBatch, collate_unpadded
 from mlx_trainer.data.samples.conversation import DataError
 from mlx_trainer.data.store.rows import Rows
+from mlx_trainer.data.store.store import TokenRow
 
 AHEAD_PER_WORKER = 2
 BatchLayout = Literal["padded", "unpadded"]
@@ -134,10 +135,14 @@ class BatchLoader:
 
     def batch(self, epoch: int, planned: PlannedBatch) -> Batch | UnpaddedBatch:
         """A planned batch with its rows."""
-        rows = [self.rows[i] for i in self.row_numbers(epoch, planned.rows).tolist()]
+        rows = self.rows_of(epoch, planned)
         if self.layout == "padded":
             return collate(rows, planned.shape, pad_id=self.pad_id)
         return collate_unpadded(rows, planned.shape, self.predictions[planned.shape], pad_id=self.pad_id)
+
+    def rows_of(self, epoch: int, planned: PlannedBatch) -> list[TokenRow]:
+        """The rows of a planned batch, in its order."""
+        return [self.rows[i] for i in self.row_numbers(epoch, planned.rows).tolist()]
 
     @property
     def shapes(self) -> int:
