@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlx_trainer.callbacks import Evaluation as Evaluation
     from mlx_trainer.callbacks import GradientClipping as GradientClipping
     from mlx_trainer.callbacks import LambdaCallback as LambdaCallback
+    from mlx_trainer.callbacks import LossSpike as LossSpike
     from mlx_trainer.callbacks import MemoryMonitor as MemoryMonitor
     from mlx_trainer.callbacks import MetricsLogger as MetricsLogger
     from mlx_trainer.callbacks import ModelCheckpoint as ModelCheckpoint
@@ -42,6 +43,7 @@ _ROOMS = {
         "Evaluation",
         "GradientClipping",
         "LambdaCallback",
+        "LossSpike",
         "MemoryMonitor",
         "MetricsLogger",
         "ModelCheckpoint",

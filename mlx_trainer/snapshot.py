@@ -12,7 +12,7 @@ import attrs
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_trainer import __version__
 from mlx_trainer.callback import Callback
@@ -20,11 +20,14 @@ from mlx_trainer.checkpoint import FORMAT_VERSION, CheckpointError, verify
 from mlx_trainer.loaders import Loader, ResumableLoader
 from mlx_trainer.module import TrainerModule, check_parameters
 from mlx_trainer.state import TrainingState, key_to_seed, random_key, restore_random_state
+from mlx_trainer.traced import assign
 
 logger = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+CALLBACKS_FILE = "callbacks.safetensors"
+"""Arrays of callbacks; only where one has any."""
 
 
 @attrs.frozen
@@ -36,6 +39,8 @@ class Snapshot:
     state: TrainingState
     callbacks: Sequence[Callback]
     loader: Loader
+    arrays: Mapping[str, dict[str, Any]] = attrs.field(factory=dict)
+    """Arrays of callbacks, by name: the containers that the compiled step fills."""
 
     def write(self, directory: Path) -> None:
         """Fill `directory` with the run as it stands between two steps."""
@@ -49,40 +54,60 @@ class Snapshot:
         """
         contents = {
             **attrs.asdict(self.state),
-            "loader": self.loader.state_dict() if isinstance(self.loader, ResumableLoader) else None,
             "callbacks": {callback.name: saved for callback in self.callbacks if (saved := callback.state_dict())},
         }
         module, optimizer = self.module, dict(tree_flatten(self.optimizer.state))
+        arrays = dict(tree_flatten(self.arrays))
         if frozen:
             module = frozen_copy(module)
         if frozen and mx.cuda.is_available():
             module.model.update(copied_arrays(module.model.trainable_parameters()))
-            optimizer = copied_arrays(optimizer)
-        return TakenSnapshot(module, optimizer, random_key(), json.dumps(contents))
+            optimizer, arrays = copied_arrays(optimizer), copied_arrays(arrays)
+        return TakenSnapshot(module, optimizer, arrays, random_key(), json.dumps(contents))
 
     def read(self, directory: Path) -> None:
         """Put everything back; the run continues bit for bit. Raises CheckpointError where anything does not fit."""
-        verify(directory)
-        contents = json.loads((directory / STATE_FILE).read_text())
-        try:
-            self.module.load(directory)
-            self._read_optimizer(directory / OPTIMIZER_FILE)
-        except ValueError as error:
-            raise CheckpointError(f"cannot resume from {directory}: {error}") from error
+        contents = self.rewind(directory)
         for field in attrs.fields(TrainingState):
             setattr(self.state, field.name, contents[field.name])
         self._read_callbacks(contents["callbacks"])
         if isinstance(self.loader, ResumableLoader) and contents["loader"] is not None:
             self.loader.load_state_dict(contents["loader"])
+        logger.info("resumed from %s: step %d, epoch %d", directory, self.state.step, self.state.epoch)
+
+    def rewind(self, directory: Path) -> dict[str, Any]:
+        """Put back what the compiled step updates, in place; position, counts and callbacks' own state stay.
+
+        Returns the contents of the checkpoint's state file. Raises CheckpointError as `read` does.
+        """
+        verify(directory)
+        contents: dict[str, Any] = json.loads((directory / STATE_FILE).read_text())
+        try:
+            self.module.load(directory)
+            self._read_optimizer(directory / OPTIMIZER_FILE)
+        except ValueError as error:
+            raise CheckpointError(f"cannot resume from {directory}: {error}") from error
+        self._read_arrays(directory / CALLBACKS_FILE)
         restore_random_state(contents["random_state"])
+        return contents
 
     def _read_optimizer(self, path: Path) -> None:
         loaded = mx.load(str(path))
         assert isinstance(loaded, dict)
         check_parameters(dict(tree_flatten(self.optimizer.state)), loaded, str(path))
         mx.eval(loaded)  # mx.load is lazy: read now, before the file may change
-        self.optimizer.state = tree_unflatten(list(loaded.items()))
-        self.optimizer.init(self.module.model.trainable_parameters())
+        assign(self.optimizer.state, tree_unflatten(list(loaded.items())))  # in place: a step may have captured it
+
+    def _read_arrays(self, path: Path) -> None:
+        loaded = mx.load(str(path)) if path.exists() else {}
+        assert isinstance(loaded, dict)
+        mx.eval(loaded)
+        current = dict(tree_flatten(self.arrays))
+        fitting = {name: a for name, a in loaded.items() if name in current and fits(a, current[name])}
+        if fitting.keys() != current.keys() | loaded.keys():
+            odd = ", ".join(sorted((current.keys() | loaded.keys()) - fitting.keys()))
+            logger.warning("%s and this run's callbacks differ in %s, which begins anew or is left out", path, odd)
+        assign(self.arrays, tree_map_with_path(lambda name, array: fitting.get(name, array), self.arrays))
 
     def _read_callbacks(self, saved: Mapping[str, Any]) -> None:
         by_name = {callback.name: callback for callback in self.callbacks}
@@ -99,6 +124,7 @@ class TakenSnapshot:
 
     module: TrainerModule
     optimizer: dict[str, mx.array]
+    callbacks: dict[str, mx.array]
     random_key: mx.array
     contents: str
     """The rest as JSON, so that nothing in it can change."""
@@ -106,13 +132,16 @@ class TakenSnapshot:
     @property
     def arrays(self) -> Any:
         """The arrays that `write` reads, as a tree."""
-        return self.module.model.trainable_parameters(), self.optimizer, self.random_key
+        return self.module.model.trainable_parameters(), self.optimizer, self.callbacks, self.random_key
 
     def write(self, directory: Path) -> None:
         """Fill `directory`."""
         self.module.save(directory)
         with (directory / OPTIMIZER_FILE).open("wb") as file:
             mx.save_safetensors(file, self.optimizer)
+        if self.callbacks:
+            with (directory / CALLBACKS_FILE).open("wb") as file:
+                mx.save_safetensors(file, self.callbacks)
         contents = {
             "format_version": FORMAT_VERSION,
             **json.loads(self.contents),
@@ -120,6 +149,11 @@ class TakenSnapshot:
             "versions": {"mlx": version("mlx"), "mlx_trainer": __version__},
         }
         (directory / STATE_FILE).write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def fits(found: mx.array, expected: mx.array) -> bool:
+    """Whether one can stand where the other does."""
+    return found.shape == expected.shape and found.dtype == expected.dtype
 
 
 def can_be_frozen(module: TrainerModule) -> bool:

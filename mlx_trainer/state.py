@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import attrs
 import mlx.core as mx
@@ -20,19 +21,20 @@ class TrainingState:
     """Sums of `module.count(batch)`, such as {"tokens": 81920}."""
     seconds: float = 0.0
     """Time spent in `fit`."""
+    loader: dict[str, Any] | None = None
+    """What a resumable loader said of its position when the last step was dispatched; it may be ahead of that."""
 
-    def consume(self, micro_batches: Sequence[Mapping[str, int]]) -> None:
-        """One more step, made of micro-batches of these sizes."""
-        self.step += 1
+    def consume(self, micro_batches: Sequence[Mapping[str, int]], loader: dict[str, Any] | None = None) -> None:
+        """One more step, made of micro-batches of these sizes; `loader` is the loader's own position after them."""
+        self.step, self.loader = self.step + 1, loader
         self.position += len(micro_batches)
         for sizes in micro_batches:
             for name, size in sizes.items():
                 self.counts[name] = self.counts.get(name, 0) + size
 
-    def next_epoch(self) -> None:
+    def next_epoch(self, loader: dict[str, Any] | None = None) -> None:
         """The first position of the next epoch."""
-        self.epoch += 1
-        self.position = 0
+        self.epoch, self.position, self.loader = self.epoch + 1, 0, loader
 
 
 def random_state() -> int:

@@ -1,5 +1,6 @@
 import logging
 import math
+from typing import Any
 
 import pytest
 
@@ -68,16 +69,21 @@ def test_counts_survive_a_resume() -> None:
     guard = NaNGuard(patience=3)
     guard.load_state_dict({"skipped": 4, "in_a_row": 2})
     trainer = Trainer()
-    trainer.recent_steps = (StepRecord(9, math.nan, False, [None, Rows(("a:1",))]),)
+    trainer.recent_steps = (StepRecord(9, math.nan, [None, Rows(("a:1",))], ["NaNGuard"]),)
     with pytest.raises(TrainingError, match=r"3 steps in a row .* step 9 \(a:1\)"):
         guard.on_log(trainer, Regression(), 9, {})
     assert guard.state_dict() == {"skipped": 5, "in_a_row": 3}
 
 
+def bad(step: int, metadata: list[Any]) -> StepRecord:
+    """A step that the guard refused."""
+    return StepRecord(step, math.nan, metadata, ["NaNGuard"])
+
+
 def test_metadata_of_another_kind_is_shown_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     """Without `rows`, the metadata itself says where a batch came from; without metadata the step alone does."""
     trainer = Trainer()
-    trainer.recent_steps = (StepRecord(1, math.nan, False, ["shard 3"]), StepRecord(2, math.inf, False, [None]))
+    trainer.recent_steps = (bad(1, ["shard 3"]), bad(2, [None]))
     NaNGuard().on_log(trainer, Regression(), 2, {})
     assert caplog.messages == ["loss or gradient was not finite, so no update was made: step 1 (shard 3), step 2"]
 
