@@ -64,7 +64,7 @@ def measure(module: CausalLMModule, batch: UnpaddedBatch, steps: int) -> tuple[f
     optimizer = module.configure_optimizer(None)
     optimizer.init(module.model.trainable_parameters())
     clipping, guard = GradientClipping(), NaNGuard()
-    step = TrainStep(module, optimizer, 1, [clipping.transform_gradients], [guard.accept_update])
+    step = TrainStep(module, optimizer, 1, [clipping.transform_gradients], {guard.name: guard.accept_update})
     mx.synchronize()
     mx.reset_peak_memory()
     times = []

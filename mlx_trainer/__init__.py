@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlx_trainer.callbacks import GradientClipping as GradientClipping
     from mlx_trainer.callbacks import LambdaCallback as LambdaCallback
     from mlx_trainer.callbacks import Ledger as Ledger
+    from mlx_trainer.callbacks import LossSpike as LossSpike
     from mlx_trainer.callbacks import MemoryMonitor as MemoryMonitor
     from mlx_trainer.callbacks import MetricsLogger as MetricsLogger
     from mlx_trainer.callbacks import ModelCheckpoint as ModelCheckpoint
@@ -44,6 +45,7 @@ _ROOMS = {
         "GradientClipping",
         "LambdaCallback",
         "Ledger",
+        "LossSpike",
         "MemoryMonitor",
         "MetricsLogger",
         "ModelCheckpoint",

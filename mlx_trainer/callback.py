@@ -9,6 +9,7 @@ One step is one optimizer update; micro-batches are not events. A run is:
           transform_gradients                              traced, in list order
           accept_update                                    traced
           optimizer update where accepted                  traced
+          update_arrays                                    traced, kept where accepted
         on_step_dispatched                                 host; the device still works on the step before
         on_step_end                                        host; metrics are still lazy arrays
         on_log                                             host, when due: the one place values are read
@@ -24,7 +25,14 @@ The device is kept busy: the log of step k is read after step k+1 was dispatched
 `on_step_dispatched(k+1)`, unless an evaluation, a checkpoint or the end of an epoch is due at step k, which read it at
 once.
 
-Callbacks ask, the trainer acts: `trainer.request_stop(reason)`, `request_evaluation()`, `request_checkpoint()`.
+Callbacks ask, the trainer acts: `trainer.request_stop(reason)`, `request_evaluation()`, `request_checkpoint()`,
+`request_rollback(reason)`.
+
+A callback can have arrays of its own inside the compiled step, such as recent losses or an average of the adapters:
+`initial_arrays(module)` makes them at the start of a run, `update_arrays` gives their next values, and in between they
+are `self.arrays`, which the other traced methods may read. They are part of the step's state as parameters are:
+updated in place, left as they were where a guard refuses the update, saved bit for bit in checkpoints, and taken back
+by a rollback.
 """
 
 import difflib
@@ -65,7 +73,7 @@ HOST_EVENTS = (
     "on_exception",
     "teardown",
 )
-TRACED_EVENTS = ("transform_gradients", "accept_update")
+TRACED_EVENTS = ("transform_gradients", "accept_update", "update_arrays")
 
 
 class Callback:
@@ -79,6 +87,8 @@ class Callback:
     """The key of this callback's state in a checkpoint; unique in a run. The class name unless set."""
     every: int | None = None
     phase: ClassVar[Phase] = "callback"
+    arrays: dict[str, Any]
+    """What `initial_arrays` made and `update_arrays` keeps up to date; only where that is overridden."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -144,6 +154,14 @@ class Callback:
         """Traced, pure: a bool scalar; where False, parameters and optimizer state stay bit for bit as they are."""
         return mx.array(True)
 
+    def initial_arrays(self, module: "TrainerModule") -> dict[str, Any]:
+        """A tree of arrays for `self.arrays`, made once in a run; what a checkpoint holds takes their place."""
+        return {}
+
+    def update_arrays(self, arrays: dict[str, Any], parameters: Any, context: "StepContext") -> dict[str, Any]:
+        """Traced, pure: the next `arrays`, of the same shapes, given the trainable parameters after the update."""
+        return arrays
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, as JSON values."""
         return {}
@@ -170,10 +188,22 @@ class Events:
         refuse_equal_names(self.callbacks)
         self._bound = {event: self._bind(event) for event in HOST_EVENTS}
         self.transforms = [method for _, method in self._bind("transform_gradients")]
-        self.guards = [method for _, method in self._bind("accept_update")]
+        self.guards = {callback.name: method for callback, method in self._bind("accept_update")}
+        self.updates = {callback.name: method for callback, method in self._bind("update_arrays")}
 
     def _bind(self, event: str) -> list[tuple[Callback, Callable[..., Any]]]:
         return [(callback, getattr(callback, event)) for callback in self.callbacks if overrides(callback, event)]
+
+    def make_arrays(self, module: "TrainerModule") -> dict[str, dict[str, Any]]:
+        """Give each callback that updates arrays its first ones; the containers, by the callback's name."""
+        for callback, _ in (bound := self._bind("update_arrays")):
+            callback.arrays = callback.initial_arrays(module)
+        return {callback.name: callback.arrays for callback, _ in bound}
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest good checkpoint that a callback knows of."""
+        found = (callback.latest_checkpoint() for callback in self.callbacks)
+        return next((path for path in found if path is not None), None)
 
     def emit(self, event: str, *arguments: Any) -> list[Any]:
         """Call every listener in order; an error ends the run."""

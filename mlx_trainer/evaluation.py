@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_trainer.state import preserved_random_state
-from mlx_trainer.traced import from_tree, number, to_tree
+from mlx_trainer.traced import from_tree, number, restored_on_error, shape_key, to_tree
 
 if TYPE_CHECKING:
     from mlx_trainer.module import TrainerModule
@@ -99,6 +99,7 @@ class EvaluationStep:
     def __init__(self, module: "TrainerModule", metrics: Mapping[str, Metric] | None = None) -> None:
         self.module, self.metrics = module, dict(metrics or {})
         self._sums = mx.compile(self._traced_sums, inputs=[module.model.state])
+        self._seen: set[Any] = set()
 
     def __call__(self, batches: Iterable[Any]) -> EvalMetrics:
         """Evaluate in eval mode, the former mode restored afterwards. Raises ValueError without a single weight."""
@@ -107,7 +108,7 @@ class EvaluationStep:
         sums: list[Any] = []
         with evaluating(self.module.model):
             for batch in batches:
-                sums.append(self._sums(to_tree(batch)))
+                sums.append(self._batch_sums(to_tree(batch)))
                 mx.async_eval(sums[-1])
                 mx.eval(sums[-2:-1])  # waits for the batch before: at most one ahead, so memory stays bounded
                 counts.update(self.module.count(batch))
@@ -115,6 +116,14 @@ class EvaluationStep:
         if "loss" not in means:
             raise ValueError("nothing to evaluate: the validation batches hold no row with a trained token")
         return EvalMetrics(means.pop("loss"), len(sums), time.perf_counter() - start, dict(counts), means)
+
+    def _batch_sums(self, tree: Any) -> Any:
+        if (shape := shape_key(tree)) in self._seen:
+            return self._sums(tree)
+        with restored_on_error([self.module.model.state]):
+            sums = self._sums(tree)
+        self._seen.add(shape)
+        return sums
 
     def _traced_sums(self, tree: Any) -> dict[str, tuple[mx.array, mx.array]]:
         batch = from_tree(tree)
@@ -133,6 +142,16 @@ def weighted_means(sums: Sequence[Mapping[str, tuple[mx.array, mx.array]]]) -> d
             entry[0] += number(pair[0])
             entry[1] += number(pair[1])
     return {name: total / weight for name, (total, weight) in totals.items() if weight}
+
+
+def predictions(module: "TrainerModule", batches: Iterable[Any]) -> list[Any]:
+    """`module.predict(batch)` for each batch, computed, the model in eval mode."""
+    outputs = []
+    with evaluating(module.model):
+        for batch in batches:
+            outputs.append(module.predict(from_tree(to_tree(batch))))
+            mx.eval(outputs[-1])
+    return outputs
 
 
 @contextmanager

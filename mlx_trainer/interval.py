@@ -16,10 +16,17 @@ class StepRecord:
 
     step: int
     loss: float
-    accepted: bool
-    """False where a guard such as NaNGuard kept the update from being made."""
     metadata: Sequence[Any]
     """`batch.metadata` of its micro-batches: for a language model, where the rows came from."""
+    refused_by: Sequence[str] = ()
+    """Names of the callbacks, such as NaNGuard, that kept the update from being made."""
+    values: Mapping[str, float] = attrs.field(factory=dict)
+    """The scalars that transforms reported."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the update was made."""
+        return not self.refused_by
 
 
 class LogInterval:
@@ -45,13 +52,13 @@ class LogInterval:
         """The means by TensorBoard tag, and each step. Waits for the last of them to be computed."""
         used = {name: count - self._counts.get(name, 0) for name, count in counts.items()}
         outputs = [output for _, output, _ in self._steps]
-        metrics = _means(outputs)
+        records = tuple(_record(*each) for each in self._steps)
+        metrics = _means(outputs, records)
         seconds, steps = time.perf_counter() - self._start, len(outputs)
         metrics["perf/step_ms"] = 1000 * seconds / steps
         metrics |= {f"train/{name}_per_second": count / seconds for name, count in used.items()}
         if used.get("positions"):
             metrics["perf/padding"] = 1 - (used["tokens"] - used.get("shared_tokens", 0)) / used["positions"]
-        records = tuple(_record(*each) for each in self._steps)
         self.__init__(counts)  # type: ignore[misc]
         return metrics, records
 
@@ -59,13 +66,13 @@ class LogInterval:
         return len(self._steps)
 
 
-def _means(outputs: Sequence[StepOutput]) -> dict[str, float]:
+def _means(outputs: Sequence[StepOutput], records: Sequence[StepRecord]) -> dict[str, float]:
     """Per token for the module's sums, per step for the values of transforms; the last learning rate."""
     weight = sum(number(output.weight) for output in outputs)
     sums = [{"loss": output.total, **output.metrics} for output in outputs]
     means = {f"train/{name}": sum(number(each[name]) for each in sums) / (weight or float("nan")) for name in sums[0]}
-    for name in outputs[0].values:
-        means[f"train/{name}"] = sum(number(output.values[name]) for output in outputs) / len(outputs)
+    for name in records[0].values:
+        means[f"train/{name}"] = sum(record.values[name] for record in records) / len(records)
     if outputs[-1].learning_rate is not None:
         means["train/lr"] = number(outputs[-1].learning_rate)
     return means
@@ -74,4 +81,5 @@ def _means(outputs: Sequence[StepOutput]) -> dict[str, float]:
 def _record(step: int, output: StepOutput, metadata: Sequence[Any]) -> StepRecord:
     weight = number(output.weight)
     loss = number(output.total) / weight if weight else float("nan")
-    return StepRecord(step, loss, output.accepted is None or bool(output.accepted.item()), metadata)
+    refused_by = [name for name, accepted in output.verdicts.items() if not accepted.item()]
+    return StepRecord(step, loss, metadata, refused_by, {name: number(value) for name, value in output.values.items()})

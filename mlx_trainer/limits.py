@@ -37,6 +37,13 @@ class Limits:
         return None
 
 
+def at_least_one(**counts: int | None) -> None:
+    """Raise ValueError for a count below 1; None is no limit."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be 1 or more")
+
+
 def seconds_of(time_limit: float | timedelta | str) -> float:
     """Seconds of a number, a timedelta or "DD:HH:MM:SS" (leading parts may be left out). Raises ValueError.
 

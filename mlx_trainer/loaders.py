@@ -66,6 +66,20 @@ def resolve(
     return train, validation
 
 
+def limited(
+    train: Loader, validation: Loader | None, overfit: int, limit: int | float | None
+) -> tuple[Loader, Loader | None]:
+    """The first `overfit` batches as both loaders, unless it is 0, and `limit` of the held-out ones."""
+    if overfit:
+        train = validation = first_batches(train, overfit)
+    return train, None if validation is None else first_batches(validation, limit)
+
+
+def place(loader: Loader) -> dict[str, Any] | None:
+    """What a resumable loader says of its position, None for any other."""
+    return loader.state_dict() if isinstance(loader, ResumableLoader) else None
+
+
 def first_batches(loader: Loader, limit: int | float | None) -> Loader:
     """The first `limit` batches (a float is a share of them), kept in memory; the loader itself where limit is None."""
     if limit is None:

@@ -5,25 +5,32 @@ import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_trainer.callback import Callback
 from mlx_trainer.checkpoint import FORMAT_VERSION, CheckpointError, verify
-from mlx_trainer.loaders import Loader, ResumableLoader
+from mlx_trainer.evaluation import EvalMetrics
+from mlx_trainer.loaders import Loader, ResumableLoader, place
 from mlx_trainer.module import TrainerModule, check_parameters
 from mlx_trainer.resuming import Identity
 from mlx_trainer.state import TrainingState, key_to_seed, random_key, restore_random_state
+from mlx_trainer.traced import assign
+
+if TYPE_CHECKING:
+    from mlx_trainer.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+CALLBACKS_FILE = "callbacks.safetensors"
+"""Arrays of callbacks; only where one has any."""
 
 
 @attrs.frozen
@@ -36,6 +43,18 @@ class Snapshot:
     callbacks: Sequence[Callback]
     loader: Loader
     identity: Identity
+    arrays: Mapping[str, dict[str, Any]] = attrs.field(factory=dict)
+    """Arrays of callbacks, by name: the containers that the compiled step fills."""
+    allowed: Collection[str] = ()
+    """What may differ from a checkpoint that is read (see `Identity.check`)."""
+
+    @classmethod
+    def of(cls, trainer: "Trainer", loader: Loader) -> Self:
+        """The parts of a run whose model and optimizer are built, at its first step."""
+        module, events = trainer.module, trainer.events
+        trainer.state.loader = place(loader)
+        parts = module, trainer.optimizer, trainer.state, events.callbacks, loader
+        return cls(*parts, Identity.of(trainer, loader), events.make_arrays(module), trainer.allow_changes)
 
     def write(self, directory: Path) -> None:
         """Fill `directory` with the run as it stands between two steps."""
@@ -49,55 +68,73 @@ class Snapshot:
         """
         contents = {
             **attrs.asdict(self.state),
-            "loader": self.loader.state_dict() if isinstance(self.loader, ResumableLoader) else None,
             "callbacks": {callback.name: saved for callback in self.callbacks if (saved := callback.state_dict())},
         }
         module, optimizer = self.module, dict(tree_flatten(self.optimizer.state))
+        arrays = dict(tree_flatten(self.arrays))
         if frozen:
             module = frozen_copy(module)
         if frozen and mx.cuda.is_available():
             module.model.update(copied_arrays(module.model.trainable_parameters()))
-            optimizer = copied_arrays(optimizer)
-        return TakenSnapshot(module, optimizer, random_key(), self.identity, json.dumps(contents))
+            optimizer, arrays = copied_arrays(optimizer), copied_arrays(arrays)
+        return TakenSnapshot(module, optimizer, arrays, random_key(), self.identity, json.dumps(contents))
 
-    def resume(self, where: str | Path | None, allowed: Collection[str] = ()) -> None:
-        """Read the checkpoint at `where`, at "auto" the newest good one if there is any, and tell of it."""
-        found = (callback.latest_checkpoint() for callback in self.callbacks)
-        path = next((path for path in found if path is not None), None) if where == "auto" else where
-        if path is not None:
-            self.read(Path(path), allowed)
-            logger.info("resumed from %s: step %d, epoch %d", path, self.state.step, self.state.epoch)
-
-    def read(self, directory: Path, allowed: Collection[str] = ()) -> None:
+    def read(self, directory: Path) -> None:
         """Put everything back; the run continues bit for bit.
 
         Raises CheckpointError, and changes nothing, where anything does not fit, or differs that decides on the numbers
-        and is not among the `allowed` names (see `Identity.check`).
+        and is not `allowed`.
         """
-        verify(directory)
-        contents = json.loads((directory / STATE_FILE).read_text())
-        self.identity.check(directory, contents, allowed)
-        try:
-            self.module.load(directory)
-            self._read_optimizer(directory / OPTIMIZER_FILE, allowed)
-        except ValueError as error:
-            raise CheckpointError(f"cannot resume from {directory}: {error}") from error
+        contents = verified(directory)
+        self.identity.check(directory, contents, self.allowed)
+        self._restore(directory, contents)
+        if contents.get("evaluation") is not None:
+            contents["evaluation"] = EvalMetrics(**contents["evaluation"])
         for field in attrs.fields(TrainingState):
             setattr(self.state, field.name, contents.get(field.name, getattr(self.state, field.name)))
         self._read_callbacks(contents["callbacks"])
         if isinstance(self.loader, ResumableLoader) and contents["loader"] is not None:
             self.loader.load_state_dict(contents["loader"])
+        logger.info("resumed from %s: step %d, epoch %d", directory, self.state.step, self.state.epoch)
+
+    def rewind(self, directory: Path) -> int:
+        """Put back what the compiled step updates; position, counts and callbacks' own state stay.
+
+        Returns the step of the checkpoint. Raises CheckpointError as `read` does.
+        """
+        contents = verified(directory)
+        self._restore(directory, contents)
+        return int(contents["step"])
+
+    def _restore(self, directory: Path, contents: Mapping[str, Any]) -> None:
+        """All in place: a compiled step may have captured it."""
+        try:
+            self.module.load(directory)
+            self._read_optimizer(directory / OPTIMIZER_FILE)
+        except ValueError as error:
+            raise CheckpointError(f"cannot resume from {directory}: {error}") from error
+        self._read_arrays(directory / CALLBACKS_FILE)
         restore_random_state(contents["random_state"])
 
-    def _read_optimizer(self, path: Path, allowed: Collection[str]) -> None:
+    def _read_optimizer(self, path: Path) -> None:
         loaded, fresh = mx.load(str(path)), dict(tree_flatten(self.optimizer.state))
         assert isinstance(loaded, dict)
         check_parameters(fresh, loaded, str(path))
         mx.eval(loaded)  # mx.load is lazy: read now, before the file may change
-        if {"learning_rate", "all"} & set(allowed) and "learning_rate" in fresh:
+        if {"learning_rate", "all"} & set(self.allowed) and "learning_rate" in fresh:
             loaded["learning_rate"] = fresh["learning_rate"]  # a constant one is a part of the state
-        self.optimizer.state = tree_unflatten(list(loaded.items()))
-        self.optimizer.init(self.module.model.trainable_parameters())
+        assign(self.optimizer.state, tree_unflatten(list(loaded.items())))
+
+    def _read_arrays(self, path: Path) -> None:
+        loaded = mx.load(str(path)) if path.exists() else {}
+        assert isinstance(loaded, dict)
+        mx.eval(loaded)
+        current = dict(tree_flatten(self.arrays))
+        fitting = {name: a for name, a in loaded.items() if name in current and fits(a, current[name])}
+        if fitting.keys() != current.keys() | loaded.keys():
+            odd = ", ".join(sorted((current.keys() | loaded.keys()) - fitting.keys()))
+            logger.warning("%s and this run's callbacks differ in %s, which begins anew or is left out", path, odd)
+        assign(self.arrays, tree_map_with_path(lambda name, array: fitting.get(name, array), self.arrays))
 
     def _read_callbacks(self, saved: Mapping[str, Any]) -> None:
         by_name = {callback.name: callback for callback in self.callbacks}
@@ -114,6 +151,7 @@ class TakenSnapshot:
 
     module: TrainerModule
     optimizer: dict[str, mx.array]
+    callbacks: dict[str, mx.array]
     random_key: mx.array
     identity: Identity
     contents: str
@@ -122,7 +160,7 @@ class TakenSnapshot:
     @property
     def arrays(self) -> Any:
         """The arrays that `write` reads, as a tree."""
-        own = self.module.model.trainable_parameters(), self.optimizer, self.random_key
+        own = self.module.model.trainable_parameters(), self.optimizer, self.callbacks, self.random_key
         return own, dict(self.identity.frozen_sums)
 
     def write(self, directory: Path) -> None:
@@ -130,6 +168,9 @@ class TakenSnapshot:
         self.module.save(directory)
         with (directory / OPTIMIZER_FILE).open("wb") as file:
             mx.save_safetensors(file, self.optimizer)
+        if self.callbacks:
+            with (directory / CALLBACKS_FILE).open("wb") as file:
+                mx.save_safetensors(file, self.callbacks)
         contents = {
             "format_version": FORMAT_VERSION,
             **json.loads(self.contents),
@@ -137,6 +178,18 @@ class TakenSnapshot:
             **self.identity.as_dict(),
         }
         (directory / STATE_FILE).write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def verified(directory: Path) -> dict[str, Any]:
+    """What the state file of a good checkpoint says; raises CheckpointError for a damaged one."""
+    verify(directory)
+    contents: dict[str, Any] = json.loads((directory / STATE_FILE).read_text())
+    return contents
+
+
+def fits(found: mx.array, expected: mx.array) -> bool:
+    """Whether one can stand where the other does."""
+    return found.shape == expected.shape and found.dtype == expected.dtype
 
 
 def can_be_frozen(module: TrainerModule) -> bool:

@@ -23,21 +23,22 @@ class TrainingState:
     """Time spent in `fit`."""
     metrics: dict[str, float] = attrs.field(factory=dict)
     """The last logged values, so that a finished run that is resumed gives the same result."""
-    evaluation: dict[str, Any] | None = None
-    """The last evaluation, its fields by name."""
+    evaluation: Any = None
+    """The last evaluation, an `EvalMetrics`."""
+    loader: dict[str, Any] | None = None
+    """What a resumable loader said of its position when the last step was dispatched; it may be ahead of that."""
 
-    def consume(self, micro_batches: Sequence[Mapping[str, int]]) -> None:
-        """One more step, made of micro-batches of these sizes."""
-        self.step += 1
+    def consume(self, micro_batches: Sequence[Mapping[str, int]], loader: dict[str, Any] | None = None) -> None:
+        """One more step, made of micro-batches of these sizes; `loader` is the loader's own position after them."""
+        self.step, self.loader = self.step + 1, loader
         self.position += len(micro_batches)
         for sizes in micro_batches:
             for name, size in sizes.items():
                 self.counts[name] = self.counts.get(name, 0) + size
 
-    def next_epoch(self) -> None:
+    def next_epoch(self, loader: dict[str, Any] | None = None) -> None:
         """The first position of the next epoch."""
-        self.epoch += 1
-        self.position = 0
+        self.epoch, self.position, self.loader = self.epoch + 1, 0, loader
 
 
 def random_state() -> int:

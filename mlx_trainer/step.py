@@ -10,7 +10,9 @@ which adds its gradients to a float32 sum, and a last call updates: a shape is t
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, reduce
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -19,6 +21,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
+from mlx_trainer.failure import TrainingError, dispatched
 from mlx_trainer.module import LossOutput, TrainerModule
 from mlx_trainer.traced import Gradients, assign, copied, from_tree, leaves, restored_on_error, shape_key, to_tree
 
@@ -26,6 +29,8 @@ Sums = tuple[mx.array, mx.array, dict[str, mx.array]]
 """A `LossOutput` as a tree: total, weight, metrics."""
 Transform = Callable[..., tuple[Gradients, Mapping[str, mx.array]]]
 Guard = Callable[..., mx.array]
+ArrayUpdate = Callable[..., dict[str, Any]]
+"""A callback's `update_arrays`."""
 
 
 @attrs.frozen(eq=False, slots=False)
@@ -54,15 +59,17 @@ class StepOutput:
     values: Mapping[str, mx.array]
     """Scalars that transforms report."""
     learning_rate: mx.array | None
-    accepted: mx.array | None
-    """Whether the update was made; None where nobody guards it."""
+    verdicts: Mapping[str, mx.array]
+    """Whether each guard, by its callback's name, accepted the update; it was made where all did."""
 
 
 class TrainStep:
     """The update of `module.model` by `optimizer`; call it with the micro-batches of one step.
 
     Build it when parameters, optimizer state and random state are what they should be: `mx.compile` captures their
-    containers, and a container replaced afterwards would be ignored in silence.
+    containers, and a container replaced afterwards would be ignored, so it is refused; see `traced.assign`.
+
+    `arrays` are callbacks' own, by name, and `updates` make their next values: they are kept where a guard refuses.
     """
 
     def __init__(
@@ -71,12 +78,16 @@ class TrainStep:
         optimizer: optimizers.Optimizer,
         accumulate: int = 1,
         transforms: Sequence[Transform] = (),
-        guards: Sequence[Guard] = (),
+        guards: Mapping[str, Guard] = MappingProxyType({}),
+        updates: Mapping[str, ArrayUpdate] = MappingProxyType({}),
+        arrays: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     ) -> None:
         self.module, self.optimizer, self.accumulate = module, optimizer, accumulate
-        self.transforms, self.guards = transforms, guards
-        self._state: list[Any] = [module.model.state, optimizer.state, mx.random.state]
-        self._seen: set[Any] = set()
+        self.transforms, self.guards, self.updates, self.arrays = transforms, guards, updates, dict(arrays)
+        self.sound = True
+        """False after an error that left arrays behind which belong to no finished step."""
+        self._state: list[Any] = [module.model.state, optimizer.state, self.arrays, mx.random.state]
+        self._seen: set[Any] = set()  # shapes, and numbers of micro-batches: each is traced
 
         def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return mx.compile(function, inputs=self._state, outputs=self._state)
@@ -88,20 +99,30 @@ class TrainStep:
     @property
     def compiled_shapes(self) -> int:
         """How many distinct shapes of micro-batches were traced so far."""
-        return len(self._seen)
+        return sum(isinstance(each, tuple) for each in self._seen)
 
     def __call__(self, batches: Sequence[Any]) -> StepOutput:
         """Dispatch one step and return at once; nothing is read from the device."""
+        self._refuse_replaced()
         trees = [to_tree(batch) for batch in batches]
-        shapes = [shape_key(tree) for tree in trees]
-        if all(shape in self._seen for shape in shapes):  # no Python code runs, so nothing can fail
+        new = {len(trees), *map(shape_key, trees)} - self._seen
+        # What is traced runs Python code, which can fail; what is not leaves that to the backend, and references to
+        # older arrays, which would keep MLX from reusing their memory, are not held for that.
+        self.sound = bool(new)
+        with restored_on_error(self._state[:3]) if new else nullcontext():
             results = self._dispatch(trees)
-        else:
-            with restored_on_error(self._state[:2]):
-                results = self._dispatch(trees)
-            self._seen.update(shapes)
-        mx.async_eval(results, self._state)
+        self._seen |= new
+        self.sound = False
+        dispatched(results, self._state)
+        self.sound = True
         return StepOutput(*results)
+
+    def _refuse_replaced(self) -> None:
+        if self.module.model.state is not self._state[0] or self.optimizer.state is not self._state[1]:
+            raise TrainingError(
+                "module.model or optimizer.state was replaced after the step was compiled, which would train the old "
+                "one; put new values into the containers that are there (model.update, traced.assign)"
+            )
 
     def _dispatch(self, trees: Sequence[Any]) -> Any:
         if self.accumulate == 1:
@@ -109,7 +130,7 @@ class TrainStep:
         gradients, sums = self._zeros(), []
         for tree in trees:
             batch_sums, gradients = self._add(tree, gradients)
-            mx.async_eval(batch_sums, gradients)  # the device works while the host prepares the next one
+            dispatched(batch_sums, gradients)  # the device works while the host prepares the next one
             sums.append(batch_sums)
         return self._finish(sums, gradients)
 
@@ -139,24 +160,28 @@ class TrainStep:
         for transform in self.transforms:
             gradients, reported = transform(gradients, context)
             values |= reported
-        learning_rate, accepted = self._optimize(gradients, context)
-        return total, weight, metrics, values, learning_rate, accepted
+        learning_rate, verdicts = self._optimize(gradients, context)
+        return total, weight, metrics, values, learning_rate, verdicts
 
-    def _optimize(self, gradients: Gradients, context: StepContext) -> tuple[mx.array | None, mx.array | None]:
+    def _optimize(self, gradients: Gradients, context: StepContext) -> tuple[mx.array | None, dict[str, mx.array]]:
         model, optimizer = self.module.model, self.optimizer
-        parameters, state = model.trainable_parameters(), copied(optimizer.state)
+        parameters, state, arrays = model.trainable_parameters(), copied(optimizer.state), copied(self.arrays)
+        verdicts = {name: guard(context.loss, gradients, context) for name, guard in self.guards.items()}
         optimizer.update(model, tree_map(lambda g, p: g.astype(p.dtype), gradients, parameters))
         learning_rate = current_learning_rate(optimizer)
-        if not self.guards:
-            return learning_rate, None
-        accepted = reduce(operator.and_, (guard(context.loss, gradients, context) for guard in self.guards))
+        updated = model.trainable_parameters()
+        assign(self.arrays, {name: update(arrays[name], updated, context) for name, update in self.updates.items()})
+        if not verdicts:
+            return learning_rate, verdicts
+        accepted = reduce(operator.and_, verdicts.values())
 
         def chosen(new: mx.array, old: mx.array) -> mx.array:
             return mx.where(accepted, new, old)
 
-        model.update(tree_map(chosen, model.trainable_parameters(), parameters))
+        model.update(tree_map(chosen, updated, parameters))
         assign(optimizer.state, tree_map(chosen, copied(optimizer.state), state))
-        return learning_rate, accepted
+        assign(self.arrays, tree_map(chosen, copied(self.arrays), arrays))
+        return learning_rate, verdicts
 
 
 def as_sums(output: LossOutput) -> Sums:

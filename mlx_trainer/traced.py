@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_trainer.state import key_to_seed, random_key, restore_random_state
 
@@ -74,6 +74,13 @@ def assign(target: Any, values: Any) -> None:
 def number(array: mx.array) -> float:
     """The value of a scalar. Reads the device: waits until it is computed."""
     return float(array.item())  # type: ignore[arg-type]
+
+
+def nonfinite(tree: Any) -> list[str]:
+    """Names of the arrays that hold NaN or infinity. Reads the device, one array after the other."""
+    named = dict(tree_flatten(tree))
+    floats = {name: array for name, array in named.items() if mx.issubdtype(array.dtype, mx.floating)}
+    return [name for name, array in floats.items() if not mx.isfinite(array).all().item()]
 
 
 @contextmanager

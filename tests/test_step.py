@@ -107,17 +107,17 @@ def test_a_nan_batch_leaves_parameters_and_optimizer_state_bit_identical(accumul
     """The guarded update is not made, the optimizer's step counter included, and the next step trains."""
     good, bad = toy_batches((4, 3)), [with_nan(batch) for batch in toy_batches((4, 3), seed=1)]
     module = ToyModule()
-    step = built(module, accumulate=accumulate, guards=[finite])
+    step = built(module, accumulate=accumulate, guards={"finite": finite})
 
-    accepted = [step(good[:accumulate]).accepted]
+    accepted = [step(good[:accumulate]).verdicts["finite"]]
     before = weights(module), optimizer_state(step)
-    accepted.append(step(bad[:accumulate]).accepted)
+    accepted.append(step(bad[:accumulate]).verdicts["finite"])
     around = weights(module), optimizer_state(step)
-    accepted.append(step(good[:accumulate]).accepted)
+    accepted.append(step(good[:accumulate]).verdicts["finite"])
 
     assert around == before
     assert weights(module) != before[0]
-    assert [a is not None and a.item() for a in accepted] == [True, False, True]
+    assert [a.item() for a in accepted] == [True, False, True]
 
 
 def test_without_a_guard_a_nan_is_not_hidden() -> None:
@@ -125,7 +125,7 @@ def test_without_a_guard_a_nan_is_not_hidden() -> None:
     step = built(ToyModule())
     output = step([with_nan(toy_batches((3,))[0])])
     assert np.isnan(output.total.item())
-    assert output.accepted is None
+    assert output.verdicts == {}
 
 
 def test_a_batch_without_any_weight_changes_nothing_with_plain_gradient_descent() -> None:

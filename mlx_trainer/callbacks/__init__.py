@@ -5,6 +5,7 @@ from mlx_trainer.callbacks.evaluation import Evaluation
 from mlx_trainer.callbacks.gradient_clipping import GradientClipping
 from mlx_trainer.callbacks.lambda_callback import LambdaCallback
 from mlx_trainer.callbacks.ledger import Ledger
+from mlx_trainer.callbacks.loss_spike import LossSpike
 from mlx_trainer.callbacks.memory_monitor import MemoryMonitor
 from mlx_trainer.callbacks.metrics_logger import MetricsLogger
 from mlx_trainer.callbacks.model_checkpoint import ModelCheckpoint
@@ -19,6 +20,7 @@ __all__ = [
     "GradientClipping",
     "LambdaCallback",
     "Ledger",
+    "LossSpike",
     "MemoryMonitor",
     "MetricsLogger",
     "ModelCheckpoint",

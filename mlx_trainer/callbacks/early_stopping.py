@@ -1,6 +1,7 @@
 """An end where nothing improves any more."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,6 +68,9 @@ class EarlyStopping(Callback):
             self.best, self.without_improvement = value, 0
             return
         self.without_improvement += 1
+        if not math.isfinite(value):
+            count = f"{self.without_improvement} of {self.patience} readings without improvement"
+            logger.warning("%s is %s at step %d, which counts as no improvement (%s)", self.monitor, value, step, count)
         if self.without_improvement >= self.patience:
             best = "no finite value was seen" if self.best is None else f"the best was {self.best:.6g}"
             trainer.request_stop(

@@ -8,6 +8,7 @@ from mlx.utils import tree_map
 
 from mlx_trainer.callback import Callback, Gradients
 from mlx_trainer.step import StepContext, global_norm
+from mlx_trainer.traced import leaves
 
 
 class GradientClipping(Callback):
@@ -17,6 +18,7 @@ class GradientClipping(Callback):
 
     as documented for `torch.nn.utils.clip_grad_norm_`. `max_value` first clips each element to
     [-max_value, max_value], as `torch.nn.utils.clip_grad_value_` does. The norm reported is that before any clipping.
+    Where the norm is not finite no update is made: scaled by it, all gradients but the infinite ones would be 0.
     Raises ValueError for limits that are not positive, or without any.
 
     Costs nothing on the host: it is part of the compiled step, which reads each gradient once more for its norm.
@@ -48,6 +50,10 @@ class GradientClipping(Callback):
             )
         return gradients, {"grad_norm": norm}
 
+    def accept_update(self, loss: mx.array, gradients: Gradients, context: StepContext) -> mx.array:
+        """Whether the norm was finite: else `clip_by_norm` made every element NaN, so one of them tells."""
+        return mx.array(True) if self.max_norm is None else mx.isfinite(leaves(gradients)[0].reshape(-1)[0])
+
 
 def clip_by_value(gradients: Gradients, max_value: float) -> Gradients:
     """Each element clipped to [-max_value, max_value]."""
@@ -55,7 +61,7 @@ def clip_by_value(gradients: Gradients, max_value: float) -> Gradients:
 
 
 def clip_by_norm(gradients: Gradients, norm: mx.array, max_norm: float) -> Gradients:
-    """The gradients, whose global norm is `norm`, scaled so that it becomes at most `max_norm`."""
-    scale = mx.minimum(1.0, max_norm / (norm + 1e-6))
+    """The gradients, whose global norm is `norm`, scaled down to `max_norm`; NaN where `norm` is not finite."""
+    scale = mx.where(mx.isfinite(norm), mx.minimum(1.0, max_norm / (norm + 1e-6)), mx.nan)
     # Multiplied in float32: a small scale would be 0 in float16.
     return tree_map(lambda g: (g.astype(mx.float32) * scale).astype(g.dtype), gradients)

@@ -36,7 +36,8 @@ class ModelCheckpoint(Callback):
     metric of the evaluations such as "val/loss", each evaluation better than all before it is saved too, and the best
     one stays; `mode` says whether "min" or "max" is better. NaN and infinity are never best, a tie keeps the earlier.
     When the run ends well the module is saved into `directory/<module.artifact>`. `save_at_end=False` leaves out the
-    checkpoint after the last step. Raises OSError at the start for a folder that cannot be written.
+    checkpoint after the last step, `save_on_exception=False` that of the last finished step of a run that fails. Raises
+    OSError at the start for a folder that cannot be written.
 
     A checkpoint is written in the background: the loop takes references to the step's arrays and goes on; a thread
     writes them and reads them back. `on_checkpoint_saved` comes at the end of the step in which that is done, and so
@@ -60,12 +61,13 @@ class ModelCheckpoint(Callback):
         mode: str = "min",
         save_at_end: bool = True,
         background: bool = True,
+        save_on_exception: bool = True,
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"ModelCheckpoint: keep_last is {keep_last}; it must be 1 or more, or None to keep all")
         self.directory, self.every, self.keep_last = directory, check_every(every, "ModelCheckpoint"), keep_last
         self.monitor, self.mode, self.save_at_end = monitor, check_mode(mode), save_at_end
-        self.background = background
+        self.background, self.save_on_exception = background, save_on_exception
         self._store: CheckpointStore | None = None
         self._reset()
 
@@ -106,6 +108,7 @@ class ModelCheckpoint(Callback):
         if self.best is not None and self.best_checkpoint is None:
             logger.warning("the best checkpoint so far, of step %d, is not in %s", self.best.step, self.store.directory)
             self.best = None
+        self._saved_step = trainer.state.step  # what a run begins with need not be saved
 
     def on_step_end(self, trainer: Trainer, module: TrainerModule, step: int) -> None:
         """Ask, at each step that `every` names."""
@@ -141,10 +144,27 @@ class ModelCheckpoint(Callback):
         with trainer.paused():
             return store.save(step, trainer.write_checkpoint, protect)
 
+    def on_exception(self, trainer: Trainer, module: TrainerModule, error: BaseException) -> None:
+        """Save the last finished step, unless it is saved, is not finite, or nothing but the end is wanted."""
+        unsaved = self._saved_step not in (None, trainer.state.step) and not isinstance(error, KeyboardInterrupt)
+        if self.save_on_exception and unsaved and trainer.is_sound():
+            self._save_now(trainer)
+
+    def _save_now(self, trainer: Trainer) -> Path:
+        self._saved_step = trainer.state.step
+        return self.store.save(trainer.state.step, trainer.write_checkpoint, self.best_checkpoint)
+
     def on_fit_end(self, trainer: Trainer, module: TrainerModule) -> None:
-        """Write the result, unless a finished run was resumed and it is there already."""
+        """Write the result, unless a finished run was resumed and it is there already.
+
+        Before it the last step, where a signal came too late for `on_epoch_end` to see it.
+        """
+        if self.save_at_end and trainer.step_output is not None and self._saved_step != trainer.state.step:
+            trainer.events.emit("on_checkpoint_saved", trainer, module, self._save_now(trainer))
         result = self.store.directory.parent / module.artifact
-        if trainer.step_output is not None or not same_files(result, self.store.latest()):
+        if trainer.step_output is None and same_files(result, self.store.latest()):
+            logger.info("this run has ended already (%s): there is nothing left to do", trainer.stop_reason)
+        else:
             write_directory(result, module.save)
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,16 +20,17 @@ class NaNGuard(Callback):
 
     Parameters and optimizer state then stay bit for bit as they were. At the next log point a warning names the steps
     and their rows, and `train/skipped_steps` is the total so far. The logged loss is left as it is: NaN shows there.
-    Raises TrainingError, at a log point, after `patience` skipped steps in a row.
+    Raises TrainingError, at a log point, after `patience` skipped steps in a row; with `rollback` the run goes back to
+    the newest checkpoint instead and on with the rows that follow (`Trainer.request_rollback`).
 
     Costs nothing on the host between log points; on the device, the gradients' norm (which GradientClipping shares)
     and the choice between new and old parameters and optimizer state, which are read once more for it.
     """
 
-    def __init__(self, patience: int = 3) -> None:
+    def __init__(self, patience: int = 3, rollback: bool = False) -> None:
         if patience < 1:
             raise ValueError(f"NaNGuard: patience is {patience}; it must be 1 or more steps")
-        self.patience = patience
+        self.patience, self.rollback = patience, rollback
         self.skipped = self.in_a_row = 0
 
     def setup(self, trainer: Trainer, module: TrainerModule, stage: str) -> None:
@@ -42,19 +43,27 @@ class NaNGuard(Callback):
 
     def on_log(self, trainer: Trainer, module: TrainerModule, step: int, metrics: dict[str, float]) -> None:
         """Tell of the steps that were skipped since the last log."""
-        skipped = [record for record in trainer.recent_steps if not record.accepted]
+        skipped = [record for record in trainer.recent_steps if self.name in record.refused_by]
         self.skipped += len(skipped)
         metrics["train/skipped_steps"] = float(self.skipped)
         if skipped:
             logger.warning("loss or gradient was not finite, so no update was made: %s", described(skipped))
         for record in trainer.recent_steps:
-            self.in_a_row = 0 if record.accepted else self.in_a_row + 1
+            if record.step > trainer.rollbacks.last_step:  # one dispatched before that says nothing of what came back
+                self.in_a_row = self.in_a_row + 1 if record in skipped else 0
             if self.in_a_row >= self.patience:
-                raise TrainingError(
-                    f"{self.in_a_row} steps in a row had a loss or gradient that was not finite, the last of them: "
-                    f"{described([record])}. A lower learning rate, or bfloat16 or float32 in place of float16, helps; "
-                    "so does a look at these rows"
-                )
+                self._give_up(trainer, record)
+
+    def _give_up(self, trainer: Trainer, record: StepRecord) -> None:
+        text = f"{self.in_a_row} steps in a row had a loss or gradient that was not finite, the last of them: "
+        text += described([record])
+        if not self.rollback:
+            raise TrainingError(
+                f"{text}. A lower learning rate, or bfloat16 or float32 in place of float16, helps; so does a look at "
+                "these rows"
+            )
+        self.in_a_row = 0
+        trainer.request_rollback(text)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts."""

@@ -90,7 +90,7 @@ def replay(run_dir: str | Path, step: int) -> ReplayedStep:
             epoch=watch.epoch,
             begun_at=begun_at,
             loss=number(output.total) / number(output.weight),
-            accepted=output.accepted is None or bool(output.accepted.item()),
+            accepted=all(bool(verdict.item()) for verdict in output.verdicts.values()),
             learning_rate=None if output.learning_rate is None else number(output.learning_rate),
             values={name: number(value) for name, value in output.values.items()},
             rows=rows,

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import pytest
 
-TRACED = ("test_gradient_clipping", "test_nan_guard")
+TRACED = ("test_gradient_clipping", "test_loss_spike", "test_nan_guard")
 
 
 @pytest.fixture(autouse=True)

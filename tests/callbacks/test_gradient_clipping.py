@@ -1,12 +1,15 @@
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
 import numpy as np
 import pytest
 
 from mlx_trainer.callbacks import GradientClipping
 from mlx_trainer.step import StepContext
-from tests.callbacks.toy import Snapshots, fit
+from mlx_trainer.trainer import Trainer
+from tests.callbacks.toy import Regression, Snapshots, ToyBatch, batches, fit
 
 GRADIENTS = {"a": mx.array([3.0, -4.0]), "b": {"c": mx.array([[12.0]])}}  # global norm 13
 
@@ -85,3 +88,58 @@ def test_a_run_is_clipped_and_logs_its_norm() -> None:
     fit([plain])
     assert clipped.after[6] != plain.after[6]
     assert result.metrics["train/grad_norm"] > 0.1
+
+
+def test_the_norm_of_bfloat16_gradients_is_float32() -> None:
+    """As a bfloat16 sum it would stop growing at 256 equal elements; direction and type are kept."""
+    clipped, norm = clip({"a": mx.full((10_000,), 1e15, mx.bfloat16)}, max_norm=1.0)
+    assert norm == pytest.approx(1e17, rel=1e-2)
+    assert clipped["a"].dtype == mx.bfloat16
+    assert clipped["a"].astype(mx.float32).tolist() == pytest.approx([0.01] * 10_000, rel=1e-2)
+
+
+def test_a_norm_of_zero_leaves_zeros() -> None:
+    """Not 0/0."""
+    clipped, norm = clip({"a": mx.zeros((3,))}, max_norm=1.0)
+    assert (clipped["a"].tolist(), norm) == ([0.0, 0.0, 0.0], 0.0)
+
+
+@pytest.mark.parametrize("bad", [[1.0, float("inf")], [float("nan"), 1.0], [1e30, 1.0]])
+def test_a_norm_that_is_not_finite_is_skipped_not_zeroed(bad: list[float]) -> None:
+    """Scaled by 1/inf, the finite gradients would silently be 0; all become NaN, and the update is refused."""
+    clipped, _ = clip({"a": mx.array([1.0, 2.0]), "b": mx.array(bad)})
+    assert all(np.isnan(np.array(leaf)).all() for leaf in clipped.values())
+    guard = GradientClipping()
+    context = StepContext(mx.array(1.0), mx.array(1.0), GRADIENTS)
+    assert not guard.accept_update(context.loss, clipped, context).item()
+    assert guard.accept_update(context.loss, clip(GRADIENTS)[0], context).item()
+
+
+def test_without_nan_guard_an_infinite_gradient_changes_nothing() -> None:
+    """In a run: parameters and optimizer state stay as they are, and the norm in the log tells."""
+    seen, made = Snapshots(), batches()
+    made[3].y[0] = 1e30  # the loss overflows, and with it the gradient
+    _, result = fit([GradientClipping(), seen], made, log_every=6)
+    assert seen.after[4] == seen.after[3]
+    assert seen.after[5] != seen.after[4]
+    assert not np.isfinite(result.metrics["train/grad_norm"])
+
+
+def test_accumulated_gradients_are_clipped_once_after_the_sum() -> None:
+    """Two micro-batches leave the weights of one batch of all their rows; the norm is above the limit."""
+    made = batches(2)
+    joined = ToyBatch(
+        *(np.concatenate([getattr(each, name) for each in made]) for name in ("x", "y")), made[0].metadata
+    )
+    ends = []
+    for data, accumulate in ((made, 2), ([joined], 1)):
+        module = Regression()
+        module.setup("fit")
+        module.model.layers[1] = nn.Identity()
+        module.configure_optimizer = lambda _: optimizers.SGD(0.1)  # type: ignore[method-assign]
+        trainer = Trainer(callbacks=[GradientClipping(max_norm=0.5)], accumulate=accumulate)
+        norm = trainer.fit(module, data).metrics["train/grad_norm"]
+        ends.append((norm, np.array(module.model.layers[3].weight)))
+    assert ends[0][0] > 0.5
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
+    np.testing.assert_allclose(ends[0][1], ends[1][1], rtol=1e-5)
