@@ -11,7 +11,7 @@ PACKAGE = Path(mlx_trainer.__file__).parent
 ROOT = PACKAGE.parent
 
 # What each room may import of ours. A room is a folder or a file directly in the package.
-LEAVES = {"runtime", "monitoring", "config"}
+LEAVES = {"runtime", "monitoring", "config", "safetensors_file"}
 CORE = {
     "trainer",
     "step",
@@ -31,6 +31,7 @@ ALLOWED = {
     "config": set(),
     "runtime": {"_blas"},
     "_blas": set(),
+    "safetensors_file": set(),
     "monitoring": {"runtime"},
     "state": set(),
     "traced": {"state"},

@@ -13,6 +13,7 @@ from mlx.utils import tree_map_with_path
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import ModelSettings, found, normalised, read_config
 from mlx_trainer.models.libraries import quiet_imports
+from mlx_trainer.safetensors_file import check_header
 from mlx_trainer.state import preserved_random_state
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -94,8 +95,11 @@ def tensor_names(directory: Path) -> set[str]:
 def open_tensors(path: Path) -> dict[str, mx.array]:
     """Return the tensors of a safetensors file, not read yet; raises ModelError where its header is broken."""
     try:
+        check_header(path)
         tensors = mx.load(str(path), format="safetensors")
-    except (RuntimeError, OSError, ValueError) as error:
+    except ValueError as error:
+        raise ModelError(f"{error}.") from error
+    except (RuntimeError, OSError) as error:
         raise ModelError(f"{path} is not a complete safetensors file: {error}") from error
     assert isinstance(tensors, dict)
     return tensors
