@@ -92,6 +92,8 @@ class TrainStep:
 
     def __call__(self, batches: Sequence[Any]) -> StepOutput:
         """Dispatch one step and return at once; nothing is read from the device."""
+        for batch in batches:
+            self.module.check_batch(batch)
         trees = [to_tree(batch) for batch in batches]
         shapes = [shape_key(tree) for tree in trees]
         if all(shape in self._seen for shape in shapes):  # no Python code runs, so nothing can fail
