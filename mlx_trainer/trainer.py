@@ -210,6 +210,7 @@ class Trainer:
         if validation is not None:
             validation = loaders.first_batches(validation, self.limit_validation_batches)
         self._train_loader, self.validation_loader = train, validation
+        self.train_loader: Loader = train
         self.steps_per_epoch = math.ceil(len(train) / self.accumulate)
         self.total_steps = self.limits.total_steps(self.steps_per_epoch)
 

@@ -119,6 +119,11 @@ class BatchLoader:
             return collate(rows, planned.shape, pad_id=self.pad_id)
         return collate_unpadded(rows, planned.shape, self.predictions[planned.shape], pad_id=self.pad_id)
 
+    def of_each_shape(self) -> Iterator[Batch | UnpaddedBatch]:
+        """One batch of each class of shapes, the first of epoch 0; the position stays as it is."""
+        planned = self.plan(0)
+        return (self.batch(0, planned[i]) for i in np.unique(planned.classes, return_index=True)[1].tolist())
+
     @property
     def shapes(self) -> int:
         """How many distinct shapes the batches of epoch 0 have."""
