@@ -77,7 +77,8 @@ def test_a_run_that_fills_the_memory_stops_in_order(
         assert done.returncode == 0, done.stderr
         steps, _, reason = done.stdout.split(maxsplit=2)
         assert 12 < int(steps) < 60
-        assert reason.startswith("memory: ") and "smaller batches" in reason
+        assert reason.startswith("memory: ")
+        assert "smaller batches" in reason
         assert (folder / f"checkpoints/step-{int(steps):08d}/manifest.json").exists()
         resumed = run("whole", folder)
         assert resumed.stdout.split()[:2] == whole, resumed.stderr
