@@ -15,7 +15,7 @@ from typing import Literal
 
 from attrs import frozen
 
-from mlx_trainer import _blas
+from mlx_trainer import _blas, _kernels
 
 Backend = Literal["metal", "cuda", "cpu"]
 
@@ -30,7 +30,8 @@ Metal: not measured, so MLX's own way is kept.
 """
 
 _report = ""
-_set_here: dict[str, str] = {}
+_set_here: dict[str, str | None] = {}
+"""Environment variables as they were before they were set here."""
 
 
 def prepare() -> None:
@@ -38,14 +39,17 @@ def prepare() -> None:
 
     On a Linux CPU `mlx.core` is imported and gets an optimized BLAS (about 5 ms more than the import, see `_blas.py`).
     On CUDA, MLX is told to queue smaller command buffers, which nearly halved a training step's memory for 1.5 % of
-    its time; MLX reads that variable once, at its first use.
+    its time; MLX reads that variable once, at its first use. Where others could plant kernels in MLX's folder, the
+    temporary folder of this process becomes one that is the user's own (`_kernels.py`).
     """
     global _report
+    if (temporary := _kernels.private_temporary(cache_directory() / "kernels")) is not None:
+        _set("TMPDIR", temporary)
     if sys.platform != "linux":
         _report = f"BLAS: {'Accelerate, part of macOS' if sys.platform == 'darwin' else 'as MLX brings it'}"
     elif _has_cuda():
         if "MLX_MAX_MB_PER_BUFFER" not in os.environ:
-            os.environ["MLX_MAX_MB_PER_BUFFER"] = _set_here["MLX_MAX_MB_PER_BUFFER"] = "100"
+            _set("MLX_MAX_MB_PER_BUFFER", "100")
         _report = "BLAS: not needed, MLX runs on CUDA"
     elif not _report:
         import mlx.core  # noqa: F401  (the library whose calls are redirected)
@@ -55,7 +59,7 @@ def prepare() -> None:
 
 def foreign_environment() -> dict[str, str]:
     """Return the environment as it was before `prepare`, for programs that are to run without its settings."""
-    return {name: value for name, value in os.environ.items() if name not in _set_here}
+    return {name: value for name, value in (dict(os.environ) | _set_here).items() if value is not None}
 
 
 def blas_report() -> str:
@@ -255,6 +259,11 @@ def _cpu_memory(active: int, cache: int, peak: int, limit: int) -> MemoryBytes:
     left = (limit - used, _address_space() - int(mapped.vms), *_left_in_groups())
     available = min(int(psutil.virtual_memory().available), *left)
     return MemoryBytes(active, cache, max(peak, active), used, max(available, 0), limit)
+
+
+def _set(name: str, value: str) -> None:
+    _set_here.setdefault(name, os.environ.get(name))
+    os.environ[name] = value
 
 
 def _has_cuda() -> bool:

@@ -29,8 +29,9 @@ CORE = {
 }
 ALLOWED = {
     "config": set(),
-    "runtime": {"_blas"},
+    "runtime": {"_blas", "_kernels"},
     "_blas": set(),
+    "_kernels": set(),
     "safetensors_file": set(),
     "monitoring": {"runtime"},
     "state": set(),

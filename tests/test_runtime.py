@@ -216,9 +216,7 @@ def test_what_others_in_the_container_hold_is_not_available(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int
 ) -> None:
     """Of a group's 1 GB, 900 MB are held and 100 MB of these are idle pages of files: 200 MB are left."""
-    limit, used = (
-        ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
-    )
+    limit, used = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
     (tmp_path / f"memory.{limit}").write_text("1000000000\n")
     (tmp_path / f"memory.{used}").write_text("900000000\n")
     (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 100000000\nactive_file 5\n")
