@@ -234,6 +234,8 @@ class CausalLMModule(TrainerModule):
 
     def _answer(self, prompt: generation.Prompt, stop: set[int], *, max_tokens: int, **sampling: Any) -> str:
         ids = generation.encode_prompt(self.tokenizer, prompt)
+        if (size := vocabulary_size(self.settings)) is not None and max(ids, default=0) >= size:
+            raise ModelError(f"A prompt has the token id {max(ids)}; the model's vocabulary ends at {size - 1}.")
         room = self.max_seq_length - len(ids)
         if room < 1:
             raise ModelError(f"A prompt has {len(ids)} tokens; max_seq_length is {self.max_seq_length}.")

@@ -27,6 +27,7 @@ def load_model(directory: Path, *, dtype: str = "float16", trust_remote_code: bo
     makes every activation float32. MLX's random state is left alone. Raises ModelError.
     """
     settings = read_config(directory)
+    refuse_odd_files(directory)
     refuse_remote_code(directory, settings, trust_remote_code)
     settings = normalised(settings, tensor_names(directory))
     with quiet_imports():
@@ -36,8 +37,11 @@ def load_model(directory: Path, *, dtype: str = "float16", trust_remote_code: bo
     try:
         with preserved_random_state():  # layers draw their first values, which the file's then replace
             model, _ = load(directory, lazy=True, model_config=settings, trust_remote_code=trust_remote_code)
+        check_types(model, directory)
         cast(model, DTYPES[dtype])
         mx.eval(model.parameters())
+    except ModelError:
+        raise
     except Exception as error:  # a config.json can be wrong in as many ways as there are architectures
         text = " ".join(str(error).split())
         raise ModelError(f"The weights in {directory} do not fit its config.json: {text[:400]}") from error
@@ -65,6 +69,25 @@ def refuse_remote_code(directory: Path, settings: ModelSettings, trusted: bool) 
             f"The model in {directory} runs its own code ({settings[found[0]]!s:.80}). Read that file, and pass "
             f"trust_remote_code=True if you trust it; or take {', '.join(found)} out of its config.json."
         )
+
+
+def refuse_odd_files(directory: Path) -> None:
+    """Raise ModelError where a file that mlx-lm or transformers may open is a pipe, a device or a folder."""
+    for path in directory.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors"):
+            try:
+                check_regular(path)
+            except ValueError as error:
+                raise ModelError(f"{error}.") from error
+
+
+def check_types(model: nn.Module, directory: Path) -> None:
+    """Raise ModelError where a plain layer has integers for weights: MLX takes them and computes something else."""
+    plain = (nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm)
+    for path, layer in model.named_modules():
+        for name, value in layer.items() if type(layer) in plain else ():
+            if isinstance(value, mx.array) and not mx.issubdtype(value.dtype, mx.floating):
+                raise ModelError(f"The weights in {directory} have {path}.{name} as {value.dtype}, which is no float.")
 
 
 def check_model_type(directory: Path, settings: ModelSettings) -> None:
@@ -117,9 +140,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     with quiet_imports():
         from transformers import AutoTokenizer
     try:
-        for path in directory.glob("*.*"):
-            if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken"):
-                check_regular(path)
+        refuse_odd_files(directory)
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception on a broken tokenizer.json
         raise ModelError(f"The tokenizer in {directory} cannot be read: {error}") from error
