@@ -3,7 +3,6 @@
 Everything that can be wrong with the inputs is found before the run folder is made, so a refused run leaves nothing.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from mlx_trainer.config import Config, ConfigError, DataConfig, LoRAConfig, Mode
 from mlx_trainer.data import DataPipeline, DataReport, render, report_on, show_examples
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
+from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.module import TrainerModule
 from mlx_trainer.monitoring import (
     MonitoringError,
@@ -191,14 +191,14 @@ def trained_module(model: ModelConfig, adapter: str | None) -> CausalLMModule:
 def lora_of(adapter: Path) -> LoRAConfig | None:
     """Return the configuration of an adapter in mlx-lm's layout, None for fully trained weights; raises ModelError."""
     path = adapter / "adapter_config.json"
+    if not path.exists():
+        raise ModelError(f"{path}: No such file or directory; an adapter is a folder with this file")
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = read_json(path)
         if written.get("fine_tune_type") == "full":
             return None
         lora = written["lora_parameters"]
         return LoRAConfig(rank=lora["rank"], alpha=lora["scale"] * lora["rank"], target_modules=lora["keys"])
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}; an adapter is a folder with this file") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: is not the configuration of an mlx-lm adapter: {error}") from error
 

@@ -108,6 +108,7 @@ class EvaluationStep:
         sums: list[Any] = []
         with evaluating(self.module.model):
             for batch in batches:
+                self.module.check_batch(batch)
                 sums.append(self._batch_sums(to_tree(batch)))
                 mx.async_eval(sums[-1])
                 mx.eval(sums[-2:-1])  # waits for the batch before: at most one ahead, so memory stays bounded

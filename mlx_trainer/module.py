@@ -83,6 +83,13 @@ class TrainerModule:
         """
         return {}
 
+    def check_batch(self, batch: Any) -> None:
+        """Called on the host before anything is computed of `batch`: raise here for what a kernel must not see."""
+
+    def memory_estimate(self, batch: Any) -> int | None:
+        """The bytes that a training step of `batch` holds at its peak, model included; None where that is not known."""
+        return None
+
     def predict(self, batch: Any) -> Any:
         """The output for one batch, the model being in eval mode."""
         return self.model(batch)

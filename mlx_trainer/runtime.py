@@ -15,7 +15,7 @@ from typing import Literal
 
 from attrs import frozen
 
-from mlx_trainer import _blas
+from mlx_trainer import _blas, _kernels
 
 Backend = Literal["metal", "cuda", "cpu"]
 
@@ -30,7 +30,8 @@ Metal: not measured, so MLX's own way is kept.
 """
 
 _report = ""
-_set_here: dict[str, str] = {}
+_set_here: dict[str, str | None] = {}
+"""Environment variables as they were before they were set here."""
 
 
 def prepare() -> None:
@@ -38,14 +39,17 @@ def prepare() -> None:
 
     On a Linux CPU `mlx.core` is imported and gets an optimized BLAS (about 5 ms more than the import, see `_blas.py`).
     On CUDA, MLX is told to queue smaller command buffers, which nearly halved a training step's memory for 1.5 % of
-    its time; MLX reads that variable once, at its first use.
+    its time; MLX reads that variable once, at its first use. Where others could plant kernels in MLX's folder, the
+    temporary folder of this process becomes one that is the user's own (`_kernels.py`).
     """
     global _report
+    if (temporary := _kernels.private_temporary(cache_directory() / "kernels")) is not None:
+        _set("TMPDIR", temporary)
     if sys.platform != "linux":
         _report = f"BLAS: {'Accelerate, part of macOS' if sys.platform == 'darwin' else 'as MLX brings it'}"
     elif _has_cuda():
         if "MLX_MAX_MB_PER_BUFFER" not in os.environ:
-            os.environ["MLX_MAX_MB_PER_BUFFER"] = _set_here["MLX_MAX_MB_PER_BUFFER"] = "100"
+            _set("MLX_MAX_MB_PER_BUFFER", "100")
         _report = "BLAS: not needed, MLX runs on CUDA"
     elif not _report:
         import mlx.core  # noqa: F401  (the library whose calls are redirected)
@@ -55,7 +59,7 @@ def prepare() -> None:
 
 def foreign_environment() -> dict[str, str]:
     """Return the environment as it was before `prepare`, for programs that are to run without its settings."""
-    return {name: value for name, value in os.environ.items() if name not in _set_here}
+    return {name: value for name, value in (dict(os.environ) | _set_here).items() if value is not None}
 
 
 def blas_report() -> str:
@@ -103,7 +107,7 @@ def memory_limit_bytes() -> int:
     """Return the most memory that training may use.
 
     Metal: the working set that macOS recommends. CUDA: the device's memory. CPU: the machine's memory, or the
-    control group's limit where that is less.
+    limit of the control group or of the address space (`ulimit -v`) where that is less.
     """
     import mlx.core as mx
 
@@ -116,9 +120,36 @@ def memory_limit_bytes() -> int:
 def _cpu_memory_limit() -> int:
     import psutil
 
-    limits = [_read(folder / "memory.max") for folder in _control_groups("")]
-    limits += [_read(folder / "memory.limit_in_bytes") for folder in _control_groups("memory")]
-    return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit.isdigit())])
+    return min([int(psutil.virtual_memory().total), _address_space(), *(limit for _, _, limit in _memory_groups())])
+
+
+@cache
+def _memory_groups() -> tuple[tuple[Path, Path, int], ...]:
+    """The control groups around this process that bound its memory: what they hold, of which kinds, and their limit."""
+    files = [(folder, "memory.max", "memory.current") for folder in _control_groups("")]
+    files += [(folder, "memory.limit_in_bytes", "memory.usage_in_bytes") for folder in _control_groups("memory")]
+    limits = [(folder / used, folder / "memory.stat", _read(folder / limit)) for folder, limit, used in files]
+    return tuple((used, kinds, int(limit)) for used, kinds, limit in limits if limit.isdigit())
+
+
+def _left_in_groups() -> Iterator[int]:
+    """The bytes that each bounding group has left; a file's pages that nobody used lately are given back when needed.
+
+    Other processes of a container count too, so that this may be less than the limit leaves to this process.
+    """
+    for used, kinds, limit in _memory_groups():
+        if (held := _read(used)).isdigit():
+            lines = (line.rpartition(" ") for line in _read(kinds).splitlines())
+            idle = max((int(n) for name, _, n in lines if name in ("inactive_file", "total_inactive_file")), default=0)
+            yield limit - int(held) + idle
+
+
+def _address_space() -> int:
+    """The limit of `ulimit -v`, as batch systems set it, in bytes; beyond it MLX's allocation ends the process."""
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 @frozen
@@ -138,7 +169,7 @@ class MemoryBytes:
 
 
 def memory_bytes() -> MemoryBytes:
-    """Read the memory counters, in about 0.1 ms on a CPU; nothing on the device is waited for."""
+    """Read the memory counters, in 0.1 to 0.3 ms on a CPU; nothing on the device is waited for."""
     import mlx.core as mx
 
     active, cache, peak, limit = (
@@ -168,6 +199,19 @@ def bound_cache(needed: int = 0) -> None:
 
     limit = memory_limit_bytes()
     mx.set_cache_limit(min(max(needed, limit // 16), max(limit - needed, limit // 128)))
+
+
+def wire_memory() -> None:
+    """On Metal keep the model's memory from being paged out, and MLX within what macOS recommends; else do nothing.
+
+    Without it macOS may page weights out between steps. CUDA and the CPU have nothing to wire, and MLX's own limit on
+    CUDA, 95 % of the card, stays. Written to MLX's documentation and not tried on Metal.
+    """
+    import mlx.core as mx
+
+    if backend() == "metal":
+        mx.set_wired_limit(memory_limit_bytes())
+        mx.set_memory_limit(memory_limit_bytes())
 
 
 def attention_step() -> int:
@@ -203,7 +247,8 @@ def _cpu_memory(active: int, cache: int, peak: int, limit: int) -> MemoryBytes:
 
     import psutil
 
-    used = int(psutil.Process().memory_info().rss)
+    mapped = psutil.Process().memory_info()
+    used = int(mapped.rss)
     if (
         peak == active == 0
     ):  # an MLX that counts nothing on the CPU, or nothing allocated yet: the process's own figures
@@ -211,8 +256,14 @@ def _cpu_memory(active: int, cache: int, peak: int, limit: int) -> MemoryBytes:
             used,
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         )
-    available = min(int(psutil.virtual_memory().available), limit - used)
+    left = (limit - used, _address_space() - int(mapped.vms), *_left_in_groups())
+    available = min(int(psutil.virtual_memory().available), *left)
     return MemoryBytes(active, cache, max(peak, active), used, max(available, 0), limit)
+
+
+def _set(name: str, value: str) -> None:
+    _set_here.setdefault(name, os.environ.get(name))
+    os.environ[name] = value
 
 
 def _has_cuda() -> bool:

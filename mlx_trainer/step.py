@@ -104,6 +104,8 @@ class TrainStep:
     def __call__(self, batches: Sequence[Any]) -> StepOutput:
         """Dispatch one step and return at once; nothing is read from the device."""
         self._refuse_replaced()
+        for batch in batches:
+            self.module.check_batch(batch)
         trees = [to_tree(batch) for batch in batches]
         new = {len(trees), *map(shape_key, trees)} - self._seen
         # What is traced runs Python code, which can fail; what is not leaves that to the backend, and references to

@@ -199,8 +199,8 @@ class Trainer:
         layout, metrics = self.module.batch_layout, bool(self.validation_metrics)
         both = loaders.resolve(data, validation_loader, layout, metrics=metrics)
         both = loaders.limited(*both, self.overfit_batches, self.limit_validation_batches)
-        self._train_loader, self.validation_loader = both
-        self.steps_per_epoch = math.ceil(len(self._train_loader) / self.accumulate)
+        self.train_loader, self.validation_loader = both
+        self.steps_per_epoch = math.ceil(len(self.train_loader) / self.accumulate)
         self.total_steps = self.limits.total_steps(self.steps_per_epoch)
 
     def _build(self) -> None:
@@ -208,7 +208,7 @@ class Trainer:
         self.optimizer = self.module.configure_optimizer(self.total_steps)
         self.optimizer.init(self.module.model.trainable_parameters())
         events, module = self.events, self.module
-        self._snapshot = Snapshot.of(self, self._train_loader)
+        self._snapshot = Snapshot.of(self, self.train_loader)
         path = events.latest_checkpoint() if self.resume == "auto" else self.resume
         if path is not None:
             self._snapshot.read(Path(path))
@@ -229,7 +229,7 @@ class Trainer:
         while not self.stop_reason:
             epoch = self.state.epoch
             self.events.emit("on_epoch_start", self, self.module, epoch)
-            windows = loaders.windows(self._train_loader, self.accumulate, self.state.position)
+            windows = loaders.windows(self.train_loader, self.accumulate, self.state.position)
             for window in windows:
                 self._run_step(window)
                 if self.stop_reason:
@@ -238,14 +238,14 @@ class Trainer:
             self._read_log()
             if self._epoch_is_over():
                 next(windows, None)  # the loader, too, comes to the end of its epoch
-                self.state.next_epoch(loaders.place(self._train_loader))
+                self.state.next_epoch(loaders.place(self.train_loader))
             self.events.emit("on_epoch_end", self, self.module, epoch)
             self._pause()
 
     def _run_step(self, window: Sequence[Any]) -> None:
         step, ahead = self.state.step + 1, self.step_output
         self.events.emit_step("on_step_start", self, self.module, step)
-        sizes, place = [self.module.count(batch) for batch in window], loaders.place(self._train_loader)
+        sizes, place = [self.module.count(batch) for batch in window], loaders.place(self.train_loader)
 
         with memory_explained(step):
             # Dispatched, not waited for: the device goes straight from the last step to this one …
@@ -310,7 +310,7 @@ class Trainer:
         return time.perf_counter() - self._started
 
     def _epoch_is_over(self) -> bool:
-        return self.state.position == len(self._train_loader)
+        return self.state.position == len(self.train_loader)
 
     def _result(self) -> TrainingResult:
         state, reason = self.state, self.stop_reason or ""

@@ -11,7 +11,7 @@ PACKAGE = Path(mlx_trainer.__file__).parent
 ROOT = PACKAGE.parent
 
 # What each room may import of ours. A room is a folder or a file directly in the package.
-LEAVES = {"runtime", "monitoring", "config"}
+LEAVES = {"runtime", "monitoring", "config", "safetensors_file"}
 CORE = {
     "trainer",
     "step",
@@ -33,8 +33,10 @@ CORE = {
 }
 ALLOWED = {
     "config": set(),
-    "runtime": {"_blas"},
+    "runtime": {"_blas", "_kernels"},
     "_blas": set(),
+    "_kernels": set(),
+    "safetensors_file": set(),
     "monitoring": {"runtime"},
     "state": set(),
     "traced": {"state"},

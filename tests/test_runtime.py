@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -194,10 +196,56 @@ def test_a_control_group_cuts_memory_and_cpus(monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     monkeypatch.setattr(runtime, "_control_groups", lambda controller: [tmp_path / "inner", tmp_path])
     monkeypatch.setattr(runtime, "backend", lambda: "cpu")
-    runtime._cpu_memory_limit.cache_clear()
-    assert runtime.memory_limit_bytes() == 123456789
+    with forgotten_limits():
+        assert runtime.memory_limit_bytes() == 123456789
     assert runtime.available_cpus() == 1
-    runtime._cpu_memory_limit.cache_clear()
+
+
+@contextmanager
+def forgotten_limits() -> Iterator[None]:
+    """Read the limits of memory anew inside, and once more afterwards."""
+    for known in (runtime._cpu_memory_limit, runtime._memory_groups):
+        known.cache_clear()
+    yield
+    for known in (runtime._cpu_memory_limit, runtime._memory_groups):
+        known.cache_clear()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_others_in_the_container_hold_is_not_available(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int
+) -> None:
+    """Of a group's 1 GB, 900 MB are held and 100 MB of these are idle pages of files: 200 MB are left."""
+    limit, used = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
+    (tmp_path / f"memory.{limit}").write_text("1000000000\n")
+    (tmp_path / f"memory.{used}").write_text("900000000\n")
+    (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 100000000\nactive_file 5\n")
+    monkeypatch.setattr(runtime, "_control_groups", lambda name: [tmp_path] if bool(name) == (version == 1) else [])
+    monkeypatch.setattr(runtime, "backend", lambda: "cpu")
+    with forgotten_limits():
+        now = runtime.memory_bytes()
+    assert (now.limit, now.available) == (1_000_000_000, 200_000_000)
+
+
+def test_the_limit_of_the_address_space_counts() -> None:
+    """Under `ulimit -v` the limit is that, and what is mapped already is not available."""
+    program = (
+        "import resource; from mlx_trainer import runtime; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
+        "now = runtime.memory_bytes(); print(now.limit == 6 << 30, 0 < now.available < 6 << 30)"
+    )
+    assert run(program) == ["True True"]
+
+
+@pytest.mark.parametrize(("backend", "limits"), [("metal", [48, 48]), ("cuda", []), ("cpu", [])])
+def test_metal_wires_what_it_recommends(monkeypatch: pytest.MonkeyPatch, backend: str, limits: list[int]) -> None:
+    """Both limits are the recommended working set on Metal; elsewhere nothing is set."""
+    found: list[int] = []
+    monkeypatch.setattr(runtime, "backend", lambda: backend)
+    monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: 48)
+    monkeypatch.setattr(mx, "set_wired_limit", found.append)
+    monkeypatch.setattr(mx, "set_memory_limit", found.append)
+    runtime.wire_memory()
+    assert found == limits
 
 
 def test_control_groups_are_those_of_the_process_and_all_around_it(monkeypatch: pytest.MonkeyPatch) -> None:

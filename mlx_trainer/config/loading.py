@@ -1,6 +1,7 @@
 """Configuration files: YAML 1.2 and JSON, `extends`, later files over earlier ones, overrides over all."""
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,10 @@ def _read_text(path: Path) -> str:
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ConfigError(f"{path}: is not a configuration file; its name must end in .yaml, .yml or .json")
     try:
-        if path.stat().st_size > MAX_BYTES:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not path.is_dir():  # opening a pipe or device may never return
+            raise ConfigError(f"{path}: is no regular file; save the configuration as one")
+        if found.st_size > MAX_BYTES:
             raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a configuration")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -11,9 +11,11 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.models.loading import open_tensors
 from mlx_trainer.models.lora import adapted_layers, trainable
 from mlx_trainer.module import check_parameters
+from mlx_trainer.monitoring import visible
 
 TENSORS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -77,7 +79,7 @@ def load_adapters(model: nn.Module, directory: Path) -> None:
     try:
         check_parameters(expected, loaded, str(path))
     except ValueError as error:
-        raise ModelError(str(error)) from error
+        raise ModelError(f"{visible(str(error)):.1000}") from error
     check_dtypes(expected, loaded, path)
     check_finite(loaded, path)
     values = {name: value.astype(expected[name].dtype) for name, value in loaded.items()}
@@ -88,9 +90,9 @@ def load_adapters(model: nn.Module, directory: Path) -> None:
 def check_scale(model: nn.Module, path: Path) -> None:
     """Raise ModelError where the adapters were trained with another scale: they would fit, and compute otherwise."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        written = config.get("lora_parameters", {}).get("scale")
-    except (OSError, ValueError, AttributeError) as error:
+        written = read_json(path).get("lora_parameters", {}).get("scale")
+        written = None if written is None else float(written)
+    except (AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as an adapter's configuration: {error}.") from error
     for name, layer in adapted_layers(model).items():
         if written is not None and not math.isclose(written, layer.scale, rel_tol=1e-6):

@@ -17,11 +17,12 @@ from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models import adapters, generation, loading, memory, source
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.head import head_loss
-from mlx_trainer.models.hf_config import ModelSettings, read_config
+from mlx_trainer.models.hf_config import ModelSettings, read_config, vocabulary_size
 from mlx_trainer.models.lora import inject_lora, unfreeze
 from mlx_trainer.models.loss import next_token_loss
 from mlx_trainer.models.parameters import ParameterStats, parameter_stats
 from mlx_trainer.models.recomputation import POLICIES, Policy
+from mlx_trainer.models.token_ids import check_ids, check_tokenizer
 from mlx_trainer.models.unpadded import hidden_states, takes_unpadded
 from mlx_trainer.module import LossOutput, TrainerModule
 from mlx_trainer.optim import build_optimizer
@@ -89,8 +90,12 @@ class CausalLMModule(TrainerModule):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The transformers tokenizer, loaded without the model."""
-        return loading.load_tokenizer(self._directory(source.TOKENIZER_FILES), trust_remote_code=self.trust_remote_code)
+        """The transformers tokenizer, loaded without the model; raises ModelError where it is another model's."""
+        directory = self._directory(source.TOKENIZER_FILES)
+        tokenizer = loading.load_tokenizer(directory, trust_remote_code=self.trust_remote_code)
+        if (directory / "config.json").exists() and (size := vocabulary_size(self.settings)) is not None:
+            check_tokenizer(tokenizer, size)
+        return tokenizer
 
     @cached_property
     def settings(self) -> ModelSettings:
@@ -155,11 +160,7 @@ class CausalLMModule(TrainerModule):
         """
         if not self.model.training:
             return "none"
-        limit, optimizer = runtime.memory_limit_bytes(), self.configure_optimizer(1_000_000)
-        if self.recompute == "auto":
-            chosen = memory.choose(self.model, batch, optimizer, limit)
-        else:
-            chosen = memory.estimate(self.model, batch, optimizer, self.recompute)
+        limit, chosen = runtime.memory_limit_bytes(), self._estimate(batch)
         if chosen.policy not in self._told or chosen.peak > 1.1 * self._needed:
             log.info("%s", chosen.line(limit))
         if self._needed <= limit < chosen.peak:
@@ -169,8 +170,18 @@ class CausalLMModule(TrainerModule):
         runtime.bound_cache(self._needed)
         return chosen.policy
 
+    def check_batch(self, batch: Any) -> None:
+        """Raise ModelError, naming the row, where a token id is beyond the model's vocabulary."""
+        if (size := vocabulary_size(self.settings)) is not None:
+            check_ids(batch, size)
+
+    def memory_estimate(self, batch: Any) -> int | None:
+        """Return what a step needs as it would run, in bytes; None for padded batches, which nobody has measured."""
+        return self._estimate(batch).peak if hasattr(batch, "cells") else None
+
     def predict(self, batch: Any) -> mx.array:
-        """Return the logits of a batch."""
+        """Return the logits of a batch; raises ModelError for a token id beyond the vocabulary."""
+        self.check_batch(batch)
         return self.forward(batch)
 
     def configure_optimizer(self, total_steps: int | None) -> Optimizer:
@@ -231,12 +242,20 @@ class CausalLMModule(TrainerModule):
 
     def _answer(self, prompt: generation.Prompt, stop: set[int], *, max_tokens: int, **sampling: Any) -> str:
         ids = generation.encode_prompt(self.tokenizer, prompt)
+        if (size := vocabulary_size(self.settings)) is not None and max(ids, default=0) >= size:
+            raise ModelError(f"A prompt has the token id {max(ids)}; the model's vocabulary ends at {size - 1}.")
         room = self.max_seq_length - len(ids)
         if room < 1:
             raise ModelError(f"A prompt has {len(ids)} tokens; max_seq_length is {self.max_seq_length}.")
         limit = min(max_tokens, room)
         answer = generation.continue_ids(self.model, ids, max_tokens=limit, stop=stop, seed=self.seed, **sampling)
         return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+    def _estimate(self, batch: Any) -> memory.MemoryEstimate:
+        optimizer = self.configure_optimizer(1_000_000)
+        if self.recompute == "auto":
+            return memory.choose(self.model, batch, optimizer, runtime.memory_limit_bytes())
+        return memory.estimate(self.model, batch, optimizer, self.recompute)
 
     def _directory(self, files: Sequence[str]) -> Path:
         return source.resolve(self.name, revision=self.revision, cache_dir=self.cache_dir, files=files)

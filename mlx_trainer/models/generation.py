@@ -20,14 +20,18 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Return the ids of `prompt` up to where the answer begins; a text is one user message.
 
     The template writes the one beginning-of-text token itself. Without a template, text is encoded as it stands and
-    messages raise ModelError.
+    messages raise ModelError, as does what the template cannot write.
     """
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
             raise ModelError("This tokenizer has no chat template, so a prompt must be text, not a list of messages.")
         return list(tokenizer.encode(prompt))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    try:
+        return list(tokenizer.apply_chat_template(messages, **options))
+    except Exception as error:  # a template is a program of someone else's, in a sandbox
+        raise ModelError(f"The chat template cannot write this prompt: {error}") from error
 
 
 def continue_ids(

@@ -6,27 +6,44 @@ from pathlib import Path
 from typing import Any
 
 from mlx_trainer.models.error import ModelError
+from mlx_trainer.safetensors_file import check_regular
 
 ModelSettings = dict[str, Any]
+MAX_JSON_BYTES = 64 << 20
+"""An index of 400,000 tensors; a configuration has a few kB."""
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value in `path`; raises ModelError for what is no regular file, too long, too deep or no JSON."""
+    try:
+        check_regular(path)
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ModelError(f"{path} cannot be read as JSON: it is nested too deeply.") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error!s:.200}.") from error
 
 
 def read_config(directory: Path) -> ModelSettings:
     """Return config.json of `directory`; raises ModelError where it is missing, broken or names no model type."""
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        hint = (
-            "it holds adapters: give their base model"
-            if (directory / "adapter_config.json").exists()
-            else found(directory)
-        )
-        raise ModelError(f"{directory} has no config.json, so it is no model folder; {hint}.") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}.") from error
+    if not path.exists():
+        adapters = (directory / "adapter_config.json").exists()
+        hint = "it holds adapters: give their base model" if adapters else found(directory)
+        raise ModelError(f"{directory} has no config.json, so it is no model folder; {hint}.")
+    config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f'{path} names no "model_type" (such as "mistral").')
     return config
+
+
+def vocabulary_size(settings: Mapping[str, Any]) -> int | None:
+    """Return how many token ids the model has, None where its configuration does not say."""
+    inner = settings.get("text_config")
+    size = settings.get("vocab_size", inner.get("vocab_size") if isinstance(inner, Mapping) else None)
+    return size if isinstance(size, int) else None
 
 
 def found(directory: Path) -> str:

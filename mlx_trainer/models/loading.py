@@ -1,7 +1,6 @@
 """Loading a base model and its tokenizer from a local directory in Hugging Face layout."""
 
 import difflib
-import json
 import pkgutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,14 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.hf_config import ModelSettings, found, normalised, read_config
+from mlx_trainer.models.hf_config import ModelSettings, found, normalised, read_config, read_json
 from mlx_trainer.models.libraries import quiet_imports
+from mlx_trainer.safetensors_file import check_header, check_regular
 from mlx_trainer.state import preserved_random_state
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+CODE = ("model_file", "auto_map", "custom_pipeline")
+"""Keys of config.json that name Python files."""
 
 
 def load_model(directory: Path, *, dtype: str = "float16", trust_remote_code: bool = False) -> nn.Module:
@@ -25,6 +27,7 @@ def load_model(directory: Path, *, dtype: str = "float16", trust_remote_code: bo
     makes every activation float32. MLX's random state is left alone. Raises ModelError.
     """
     settings = read_config(directory)
+    refuse_odd_files(directory)
     refuse_remote_code(directory, settings, trust_remote_code)
     settings = normalised(settings, tensor_names(directory))
     with quiet_imports():
@@ -34,9 +37,12 @@ def load_model(directory: Path, *, dtype: str = "float16", trust_remote_code: bo
     try:
         with preserved_random_state():  # layers draw their first values, which the file's then replace
             model, _ = load(directory, lazy=True, model_config=settings, trust_remote_code=trust_remote_code)
+        check_types(model, directory)
         cast(model, DTYPES[dtype])
         mx.eval(model.parameters())
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a config.json can be wrong in as many ways as there are architectures
         text = " ".join(str(error).split())
         raise ModelError(f"The weights in {directory} do not fit its config.json: {text[:400]}") from error
     return model
@@ -53,12 +59,35 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def refuse_remote_code(directory: Path, settings: ModelSettings, trusted: bool) -> None:
-    """Raise ModelError where the model would run Python code of its own and nobody has agreed to that."""
-    if "model_file" in settings and not trusted:
+    """Raise ModelError where the model brings Python code of its own and nobody has agreed to that.
+
+    mlx-lm has run `model_file` on a plain load (CVE-2026-5843); `auto_map` and `custom_pipeline` are run by
+    transformers, diffusers and what else opens the trained model, never here.
+    """
+    if found := [key for key in CODE if settings.get(key) is not None and not trusted]:
         raise ModelError(
-            f"The model in {directory} runs its own code ({settings['model_file']}). "
-            "Read that file, and pass trust_remote_code=True if you trust it."
+            f"The model in {directory} runs its own code ({settings[found[0]]!s:.80}). Read that file, and pass "
+            f"trust_remote_code=True if you trust it; or take {', '.join(found)} out of its config.json."
         )
+
+
+def refuse_odd_files(directory: Path) -> None:
+    """Raise ModelError where a file that mlx-lm or transformers may open is a pipe, a device or a folder."""
+    for path in directory.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors"):
+            try:
+                check_regular(path)
+            except ValueError as error:
+                raise ModelError(f"{error}.") from error
+
+
+def check_types(model: nn.Module, directory: Path) -> None:
+    """Raise ModelError where a plain layer has integers for weights: MLX takes them and computes something else."""
+    plain = (nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm)
+    for path, layer in model.named_modules():
+        for name, value in layer.items() if type(layer) in plain else ():
+            if isinstance(value, mx.array) and not mx.issubdtype(value.dtype, mx.floating):
+                raise ModelError(f"The weights in {directory} have {path}.{name} as {value.dtype}, which is no float.")
 
 
 def check_model_type(directory: Path, settings: ModelSettings) -> None:
@@ -79,8 +108,8 @@ def tensor_names(directory: Path) -> set[str]:
     paths = sorted(directory.glob("model*.safetensors"))
     index = directory / "model.safetensors.index.json"
     try:
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
-    except (ValueError, KeyError, AttributeError) as error:
+        shards = set(map(str, read_json(index)["weight_map"].values())) if index.exists() else set()
+    except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not a table of weights: {error}.") from error
     if missing := sorted(shards - {path.name for path in paths}):
         raise ModelError(
@@ -94,8 +123,11 @@ def tensor_names(directory: Path) -> set[str]:
 def open_tensors(path: Path) -> dict[str, mx.array]:
     """Return the tensors of a safetensors file, not read yet; raises ModelError where its header is broken."""
     try:
+        check_header(path)
         tensors = mx.load(str(path), format="safetensors")
-    except (RuntimeError, OSError, ValueError) as error:
+    except ValueError as error:
+        raise ModelError(f"{error}.") from error
+    except (RuntimeError, OSError) as error:
         raise ModelError(f"{path} is not a complete safetensors file: {error}") from error
     assert isinstance(tensors, dict)
     return tensors
@@ -108,6 +140,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     with quiet_imports():
         from transformers import AutoTokenizer
     try:
+        refuse_odd_files(directory)
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception on a broken tokenizer.json
         raise ModelError(f"The tokenizer in {directory} cannot be read: {error}") from error

@@ -7,7 +7,8 @@ import pytest
 
 from mlx_trainer.callbacks import LambdaCallback, MemoryMonitor, memory_monitor
 from mlx_trainer.monitoring import MemoryStats
-from tests.callbacks.toy import fit
+from mlx_trainer.trainer import Trainer
+from tests.callbacks.toy import Regression, batches, fit
 
 
 def stats(used_gb: float) -> MemoryStats:
@@ -93,3 +94,71 @@ def test_an_interval_that_is_none_is_refused() -> None:
     """A thread that never waits would take the host's time."""
     with pytest.raises(ValueError, match="sample_every_s is 0"):
         MemoryMonitor(sample_every_s=0)
+
+
+def wait_for_sampler(monitor: MemoryMonitor) -> LambdaCallback:
+    """Return a callback that lets the thread see each reading before the step ends."""
+
+    def wait(trainer: Any, module: Any, step: int) -> None:
+        assert monitor._sampler is not None
+        monitor._sampler.above.wait(5.0)
+
+    return LambdaCallback(on_step_start=wait)
+
+
+def test_memory_above_the_limit_stops_the_run(readings: list[float]) -> None:
+    """The run ends with the step in which the reading was seen, and the reason says what to change."""
+    readings[:] = [9.7]
+    monitor = MemoryMonitor(stop_percent=96, sample_every_s=0.001)
+    _, result = fit([wait_for_sampler(monitor), monitor])
+    assert result.steps == 1
+    assert result.stop_reason.startswith("memory: 97 % is taken, stop_percent is 96; use smaller batches")
+
+
+def test_memory_that_is_there_again_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where MLX's cache was what filled it, it is given back and the run goes on; so it does without a limit."""
+    used = [9.7]
+    monkeypatch.setattr(memory_monitor, "read_memory", lambda: stats(used[0]))
+    monkeypatch.setattr(mx, "clear_cache", lambda: used.__setitem__(0, 5.0))
+    monitor = MemoryMonitor(stop_percent=96, sample_every_s=0.001)
+    seen: list[bool] = []
+
+    def wait(trainer: Any, module: Any, step: int) -> None:
+        if step == 1:
+            assert monitor._sampler is not None
+            seen.append(monitor._sampler.above.wait(5.0))
+
+    trainer, result = fit([LambdaCallback(on_step_start=wait), monitor])
+    assert (seen, used, result.steps) == ([True], [5.0], trainer.total_steps)
+    used[0] = 9.99
+    assert fit([MemoryMonitor(sample_every_s=0.001)])[1].steps == trainer.total_steps
+
+
+@pytest.mark.parametrize("percent", [0, -1, 101])
+def test_a_limit_that_is_none_is_refused(percent: float) -> None:
+    """Nothing at all, or more than there is."""
+    with pytest.raises(ValueError, match=f"stop_percent is {percent}"):
+        MemoryMonitor(stop_percent=percent)
+
+
+def test_an_estimate_beyond_what_there_is_is_told_before_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
+    """The largest of the module's estimates for all shapes counts; a module that cannot tell is not asked for more."""
+
+    class Estimating(Regression):
+        def memory_estimate(self, batch: Any) -> int | None:
+            return 10**15 * len(batch.y)
+
+    class Shaped(list[Any]):
+        def of_each_shape(self) -> list[Any]:
+            return list(self[:3])
+
+    steps: list[int] = []
+    note = LambdaCallback(on_step_start=lambda trainer, module, step: steps.append(len(caplog.messages)))
+    with caplog.at_level("WARNING", logger="mlx_trainer.monitoring"):
+        Trainer(callbacks=[MemoryMonitor(), note]).fit(Estimating(), Shaped(batches()))
+    assert [message.split(" and ")[0] for message in caplog.messages] == ["about 4000000.0 GB of memory are needed"]
+    assert steps[0] == 1
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="mlx_trainer.monitoring"):
+        Trainer(callbacks=[MemoryMonitor()]).fit(Regression(), Shaped(batches()))
+    assert caplog.messages == []

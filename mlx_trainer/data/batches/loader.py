@@ -144,6 +144,11 @@ class BatchLoader:
         """The rows of a planned batch, in its order."""
         return [self.rows[i] for i in self.row_numbers(epoch, planned.rows).tolist()]
 
+    def of_each_shape(self) -> Iterator[Batch | UnpaddedBatch]:
+        """One batch of each class of shapes, the first of epoch 0; the position stays as it is."""
+        planned = self.plan(0)
+        return (self.batch(0, planned[i]) for i in np.unique(planned.classes, return_index=True)[1].tolist())
+
     @property
     def shapes(self) -> int:
         """How many distinct shapes the batches of epoch 0 have."""

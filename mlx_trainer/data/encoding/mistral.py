@@ -127,6 +127,9 @@ class MistralFormat:
 
 
 def rendered_probe(tokenizer: ChatTokenizer) -> object:
-    """What the chat template makes of one short turn."""
+    """What the chat template makes of one short turn; None where it fails, which each row will tell."""
     probe = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
-    return tokenizer.apply_chat_template(probe, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(probe, tokenize=False)
+    except Exception:  # a template is a program of someone else's, in a sandbox
+        return None

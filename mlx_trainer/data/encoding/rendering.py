@@ -29,13 +29,11 @@ class Renderer:
 
     def around_answers(self, conversation: Conversation) -> list[str] | RowError:
         """For each answer what stands before it, as when it is asked for, and the row up to its end."""
-        from jinja2 import TemplateError
-
         texts: list[str] = []
         for number in answer_numbers(conversation):
             try:
                 texts += self.render(conversation, number, prompt=True), self.render(conversation, number + 1)
-            except (TemplateError, TypeError) as error:
+            except Exception as error:
                 return RowError(
                     f"messages[{number}]: the chat template cannot write the part before this answer by itself, so the "
                     f"answer's tokens cannot be told: {error}"
@@ -44,13 +42,11 @@ class Renderer:
 
     def refusal(self, conversation: Conversation) -> RowError | None:
         """Why the template does not write the row: it fails, or leaves out tools."""
-        from jinja2 import TemplateError
-
         try:
             self.render(conversation, len(conversation.messages))
             if conversation.tools or any(message.tool_calls for message in conversation.messages):
                 return self.left_out(conversation)
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program of someone else's, in a sandbox
             return RowError(f"messages: the chat template refuses them: {error}")
         return None
 
