@@ -1,7 +1,7 @@
 """`mlx-trainer`: reads the command line, calls the library, and turns errors into one paragraph and an exit code.
 
 Exit codes: 0 done, 1 the training failed or `inspect --strict` has warnings, 2 something that the user gave is wrong,
-130 and 143 interrupted.
+129, 130 and 143 interrupted.
 
 The options `--section.key` and their help come from the schema. The parser is the standard library's: tyro took 0.7 s
 for the help of these options (this: 0.3 s), and could neither lay them over a file's values nor keep types strict.
@@ -20,6 +20,7 @@ from attrs import frozen
 from mlx_trainer import __version__
 from mlx_trainer.config import Config, ConfigError, ModelConfig, load_config, to_yaml, unwise
 from mlx_trainer.config.arguments import Parser, add_options, dataset_of, overrides
+from mlx_trainer.interruption import closed_output_ignored
 
 PROGRAM = "mlx-trainer"
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -47,6 +48,7 @@ ADAPTER = {"metavar": "DIR", "help": "folder of a trained adapter, such as runs/
 Given = Mapping[str, Any]
 
 
+@closed_output_ignored()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an error that nobody foresaw keeps its traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
