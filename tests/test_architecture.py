@@ -128,3 +128,15 @@ def test_every_public_name_can_be_imported() -> None:
     assert {name: getattr(mlx_trainer, name).__class__.__name__ for name in mlx_trainer.__all__}
     assert set(mlx_trainer.__all__) <= set(dir(mlx_trainer))
     assert not hasattr(mlx_trainer, "no_such_name")
+
+
+def test_nothing_forks() -> None:
+    """After MLX has run, a forked child hangs in its next operation: workers are threads or programs of their own."""
+    forking = ("multiprocessing", "ProcessPoolExecutor", "os.fork", "forkpty")
+    found = [
+        f"{path.relative_to(ROOT)}: {word}"
+        for path in PACKAGE.rglob("*.py")
+        for word in forking
+        if word in path.read_text()
+    ]
+    assert found == []

@@ -129,7 +129,7 @@ def test_signals_at_random_times(
 ) -> None:
     """Interrupted again and again until it is through, it saves each time and ends as if never interrupted."""
     chance, count, saves = random.Random(1), 0, 0
-    for run in range(campaign(1, 12)):
+    for run in range(campaign(1, 30)):
         folder = tmp_path / f"{run}"
         code = None
         while code != 0:
