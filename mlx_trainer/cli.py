@@ -1,7 +1,7 @@
 """`mlx-trainer`: finds the command, and turns errors into one paragraph and an exit code.
 
 Exit codes: 0 done, 1 the training failed or `inspect --strict` has warnings, 2 something that the user gave is wrong,
-130 and 143 interrupted.
+129, 130 and 143 interrupted.
 """
 
 import os
@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from mlx_trainer import __version__
 from mlx_trainer.commands import COMMANDS, PROGRAM
 from mlx_trainer.config import ConfigError
+from mlx_trainer.interruption import closed_output_ignored
 
 EXIT_CODES = {
     ("mlx_trainer.config", "ConfigError"): 2,
@@ -25,6 +26,7 @@ EXIT_CODES = {
 }
 
 
+@closed_output_ignored()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an error that nobody foresaw keeps its traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)

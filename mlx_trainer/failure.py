@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = ("malloc", "out of memory", "insufficient memory", "unable to allocate")
 """What MLX's backends say, in small letters."""
-COMPILER_KILLED = "failed to compile"
-"""The CPU backend calls a compiler, which a Ctrl-C in the terminal reaches as well (mlx 0.32.4)."""
+COMPILER_KILLED = "could not load c++ shared library"
+"""What mlx 0.32.4 says on a CPU where the compiler that it calls is killed, as by a Ctrl-C in the terminal."""
 
 
 class TrainingError(RuntimeError):

@@ -64,7 +64,7 @@ ALLOWED = {
     "benchmarking": CORE | LEAVES | {"_blas", "build", "data", "models"},
     "replaying": CORE | LEAVES | {"build", "data", "models"},
     "commands": {"benchmarking", "build", "replaying"} | CORE | LEAVES | {"data", "models"},
-    "cli": {"commands", "config", "__init__"},
+    "cli": {"commands", "config", "interruption", "__init__"},
     "__main__": {"cli"},
     "__init__": None,  # names everything, imports it lazily
 }
@@ -134,3 +134,15 @@ def test_every_public_name_can_be_imported() -> None:
     assert {name: getattr(mlx_trainer, name).__class__.__name__ for name in mlx_trainer.__all__}
     assert set(mlx_trainer.__all__) <= set(dir(mlx_trainer))
     assert not hasattr(mlx_trainer, "no_such_name")
+
+
+def test_nothing_forks() -> None:
+    """After MLX has run, a forked child hangs in its next operation: workers are threads or programs of their own."""
+    forking = ("multiprocessing", "ProcessPoolExecutor", "os.fork", "forkpty")
+    found = [
+        f"{path.relative_to(ROOT)}: {word}"
+        for path in PACKAGE.rglob("*.py")
+        for word in forking
+        if word in path.read_text()
+    ]
+    assert found == []

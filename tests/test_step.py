@@ -8,7 +8,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_trainer import LossOutput
 from mlx_trainer.step import StepContext, TrainStep, global_norm
@@ -204,3 +204,72 @@ def test_half_precision_parameters_keep_their_type() -> None:
     step = built(module, accumulate=2)
     step(toy_batches((4, 3)))
     assert {array.dtype for _, array in tree_flatten(module.model.parameters())} == {mx.bfloat16}
+
+
+class Average:
+    """An average of the parameters over the accepted steps, as a callback would keep it."""
+
+    def __init__(self, module: ToyModule) -> None:
+        self.arrays = {"average": module.model.trainable_parameters(), "steps": mx.array(0)}
+
+    def update(self, arrays: dict[str, Any], parameters: Any, context: StepContext) -> dict[str, Any]:
+        average = tree_map(lambda a, p: 0.75 * a + 0.25 * p, arrays["average"], parameters)
+        return {"average": average, "steps": arrays["steps"] + 1}
+
+
+def averaging(module: ToyModule, accumulate: int, **options: Any) -> tuple[TrainStep, Average]:
+    """A guarded step that keeps an average."""
+    module.setup("fit")
+    average = Average(module)
+    traced = {"updates": {"average": average.update}, "arrays": {"average": average.arrays}}
+    return built(module, accumulate=accumulate, guards={"finite": finite}, **traced, **options), average
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_arrays_of_callbacks_follow_accepted_updates_only(accumulate: int) -> None:
+    """The average is that of the parameters after each good step; a refused step leaves it bit for bit."""
+    module = ToyModule()
+    step, average = averaging(module, accumulate)
+    expected = {name: np.array(array) for name, array in tree_flatten(average.arrays["average"])}
+    for seed in range(6):
+        batches = toy_batches((4, 3)[:accumulate], seed)
+        before = [array.tolist() for _, array in tree_flatten(average.arrays)]
+        if seed in (2, 3):
+            step([with_nan(batch) for batch in batches])
+            assert [array.tolist() for _, array in tree_flatten(average.arrays)] == before
+            continue
+        step(batches)
+        new = dict(tree_flatten(module.model.trainable_parameters()))
+        expected = {name: 0.75 * array + 0.25 * np.array(new[name]) for name, array in expected.items()}
+
+    actual = dict(tree_flatten(average.arrays["average"]))
+    assert average.arrays["steps"].item() == 4
+    for name, array in expected.items():
+        np.testing.assert_allclose(np.array(actual[name]), array, rtol=1e-5, atol=1e-7)
+
+
+def test_arrays_of_callbacks_survive_an_error_while_tracing() -> None:
+    """As parameters do: what failed leaves no trace in them."""
+
+    class Fails(ToyModule):
+        def training_loss(self, batch: ToyBatch) -> LossOutput:
+            if batch.x.shape[0] == 5:
+                raise RuntimeError("no")
+            return super().training_loss(batch)
+
+    def broken(gradients: Any, context: StepContext) -> Any:
+        if Broken.armed:
+            raise RuntimeError("no")
+        return gradients, {}
+
+    class Broken:
+        armed = False
+
+    step, average = averaging(Fails(), 1, transforms=[broken])
+    step(toy_batches((4,)))
+    before = [array.tolist() for _, array in tree_flatten(average.arrays)]
+    for rows, Broken.armed in ((5, False), (3, True)):
+        with pytest.raises(RuntimeError, match="no"):
+            step(toy_batches((rows,)))
+        assert [array.tolist() for _, array in tree_flatten(average.arrays)] == before
+        assert step.sound

@@ -64,6 +64,14 @@ def test_the_reason_without_any_number() -> None:
     assert steps_until_stopped([NAN, 1], patience=1) == (1, expected)
 
 
+def test_a_reading_that_is_not_finite_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Patience is not used up in silence."""
+    steps_until_stopped([5, NAN, 4, 3], patience=2)
+    assert caplog.messages == [
+        "val/score is nan at step 2, which counts as no improvement (1 of 2 readings without improvement)"
+    ]
+
+
 def test_a_training_metric_is_read_at_log_points() -> None:
     """train/loss needs no evaluation; here nothing beats the first reading by a thousand."""
     _, result = fit([EarlyStopping("train/loss", patience=2, min_delta=1000.0)], log_every=1, max_epochs=3)
