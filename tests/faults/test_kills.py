@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mlx_trainer.checkpoint import CheckpointStore, verify
 from mlx_trainer.monitoring.files import read_json_lines
-from tests.faults.comparing import TIMES, held
+from tests.faults.comparing import TIMES, held, tensors
 from tests.faults.conftest import Tell
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +97,20 @@ def assert_same_run(disturbed: Path, whole: Path, steps: int, *but: str) -> None
     assert [line["step"] for line in records(whole / "ledger.jsonl")] == [*range(1, steps + 1)]
 
 
+def killed_until_it_ends(folder: Path, steps: int, rng: random.Random) -> int:
+    """Start the training until `steps`, and kill it near its end, until it has come to it; how many kills that took."""
+    kills = 0
+    while True:
+        with victim(folder, steps) as process:
+            try:
+                _, errors = process.communicate(timeout=rng.uniform(0.25, 0.6))
+            except subprocess.TimeoutExpired:
+                kills += 1
+                continue
+        assert process.returncode == 0, errors
+        return kills
+
+
 def test_killed_at_random_times(tmp_path: Path, campaign: Callable[[int, int], int], tell: Tell) -> None:
     """SIGKILL while it starts, traces, trains, evaluates, logs and saves: the run that ends is the undisturbed one."""
     kills, rng, folder = campaign(25, 200), random.Random(5), tmp_path / "killed"
@@ -113,10 +127,11 @@ def test_killed_at_random_times(tmp_path: Path, campaign: Callable[[int, int], i
         assert newest(folder) >= step
         step = newest(folder)
     steps = step + REST
-    run(folder, steps)
+    at_the_end = killed_until_it_ends(folder, steps, rng)
     run(tmp_path / "whole", steps)
 
     assert_same_run(folder, tmp_path / "whole", steps)
+    assert tensors(folder / "model") == tensors(tmp_path / "whole" / "model")
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert timeless(folder / name) == timeless(tmp_path / "whole" / name)
     for tag, every in (("train/loss", 2), ("val/loss", 4)):
@@ -124,7 +139,8 @@ def test_killed_at_random_times(tmp_path: Path, campaign: Callable[[int, int], i
         assert [at for at, _ in points(folder, tag)][: steps // every] == [*range(every, steps + 1, every)]
     assert fell["in a save"] > 0
     where = ", ".join(f"{count} {place}" for place, count in sorted(fell.items()))
-    tell(f"SIGKILL at {kills} random times, {steps} steps", f"bit-identical; {where}; TensorBoard has each step once")
+    result = f"bit-identical; {where}, {at_the_end} near the end; TensorBoard has each step once"
+    tell(f"SIGKILL at {kills + at_the_end} random times, {steps} steps", result)
 
 
 def test_terminated_at_random_times(tmp_path: Path, campaign: Callable[[int, int], int], tell: Tell) -> None:
