@@ -175,6 +175,11 @@ class Events:
     def _bind(self, event: str) -> list[tuple[Callback, Callable[..., Any]]]:
         return [(callback, getattr(callback, event)) for callback in self.callbacks if overrides(callback, event)]
 
+    def latest_checkpoint(self) -> Path | None:
+        """The newest good checkpoint that a callback knows of."""
+        found = (callback.latest_checkpoint() for callback in self.callbacks)
+        return next((path for path in found if path is not None), None)
+
     def emit(self, event: str, *arguments: Any) -> list[Any]:
         """Call every listener in order; an error ends the run."""
         return [method(*arguments) for _, method in self._bound[event]]

@@ -60,14 +60,6 @@ class Snapshot:
             optimizer = copied_arrays(optimizer)
         return TakenSnapshot(module, optimizer, random_key(), self.identity, json.dumps(contents))
 
-    def resume(self, where: str | Path | None, allowed: Collection[str] = ()) -> None:
-        """Read the checkpoint at `where`, at "auto" the newest good one if there is any, and tell of it."""
-        found = (callback.latest_checkpoint() for callback in self.callbacks)
-        path = next((path for path in found if path is not None), None) if where == "auto" else where
-        if path is not None:
-            self.read(Path(path), allowed)
-            logger.info("resumed from %s: step %d, epoch %d", path, self.state.step, self.state.epoch)
-
     def read(self, directory: Path, allowed: Collection[str] = ()) -> None:
         """Put everything back; the run continues bit for bit.
 
@@ -88,6 +80,7 @@ class Snapshot:
         if isinstance(self.loader, ResumableLoader) and contents["loader"] is not None:
             self.loader.load_state_dict(contents["loader"])
         restore_random_state(contents["random_state"])
+        logger.info("resumed from %s: step %d, epoch %d", directory, self.state.step, self.state.epoch)
 
     def _read_optimizer(self, path: Path, allowed: Collection[str]) -> None:
         loaded, fresh = mx.load(str(path)), dict(tree_flatten(self.optimizer.state))

@@ -21,7 +21,7 @@ from mlx_trainer.interval import LogInterval, StepRecord
 from mlx_trainer.limits import Limits
 from mlx_trainer.loaders import DataSource, Loader
 from mlx_trainer.module import TrainerModule
-from mlx_trainer.result import TrainingResult
+from mlx_trainer.result import TrainingResult as TrainingResult
 from mlx_trainer.resuming import Identity
 from mlx_trainer.snapshot import Snapshot
 from mlx_trainer.state import TrainingState
@@ -211,7 +211,9 @@ class Trainer:
         self.optimizer.init(self.module.model.trainable_parameters())
         parts = self.module, self.optimizer, self.state, self.events.callbacks, self._train_loader
         self._snapshot = Snapshot(*parts, Identity.of(self, self._train_loader))
-        self._snapshot.resume(self.resume, self.allow_changes)
+        path = self.events.latest_checkpoint() if self.resume == "auto" else self.resume
+        if path is not None:
+            self._snapshot.read(Path(path), self.allow_changes)
         self.metrics = self.state.metrics
         self.evaluation = None if self.state.evaluation is None else EvalMetrics(**self.state.evaluation)
         self.module.model.train()

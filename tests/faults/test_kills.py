@@ -150,6 +150,7 @@ def test_terminated_at_random_times(tmp_path: Path, campaign: Callable[[int, int
     """
     stops, rng, folder = campaign(10, 50), random.Random(6), tmp_path / "stopped"
     seconds: list[float] = []
+    begun: list[int] = []  # 1 where the signal came between two steps
     saves: list[int] = []  # 0 where the step was saved already, 2 where it was then found to be the best
     for _ in range(stops):
         with victim(folder) as process:
@@ -162,15 +163,16 @@ def test_terminated_at_random_times(tmp_path: Path, campaign: Callable[[int, int
             said, errors = process.communicate(timeout=60)
             seconds.append(time.monotonic() - sent)
         assert (process.returncode, temporaries(folder)) == (143, []), errors
-        saves.append(json.loads(said)["saves"])
-        assert json.loads(said)["steps"] == 0
-    assert max(saves) <= 2
+        after = json.loads(said)
+        begun.append(after["steps"])
+        saves.append(after["saves"])
+    assert (max(begun) <= 1, max(saves) <= 2) == (True, True)
     steps = newest(folder) + REST
     run(folder, steps)
     run(tmp_path / "whole", steps)
 
     assert_same_run(folder, tmp_path / "whole", steps, "callbacks", "evaluation", "metrics")
-    latency = f"0 further steps, at most {max(saves)} saves and {max(seconds):.2f} s"
+    latency = f"at most {max(begun)} step begun, {max(saves)} saves and {max(seconds):.2f} s"
     tell(f"SIGTERM at {stops} random times, {steps} steps", f"bit-identical, all exit with 143 after {latency}")
 
 
