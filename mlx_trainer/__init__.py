@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from mlx_trainer.models import MistralLoRAModule as MistralLoRAModule
     from mlx_trainer.module import LossOutput as LossOutput
     from mlx_trainer.module import TrainerModule as TrainerModule
-    from mlx_trainer.result import TrainingResult as TrainingResult
     from mlx_trainer.trainer import Trainer as Trainer
+    from mlx_trainer.trainer import TrainingResult as TrainingResult
 
 _ROOMS = {
     "callback": ("Callback",),
@@ -59,8 +59,7 @@ _ROOMS = {
     "evaluation": ("EvalMetrics", "GeneratedSample"),
     "models": ("CausalLMModule", "MistralLoRAModule"),
     "module": ("LossOutput", "TrainerModule"),
-    "result": ("TrainingResult",),
-    "trainer": ("Trainer",),
+    "trainer": ("Trainer", "TrainingResult"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

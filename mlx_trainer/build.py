@@ -42,9 +42,8 @@ from mlx_trainer.monitoring import (
     write_environment,
     write_report,
 )
-from mlx_trainer.result import TrainingResult
 from mlx_trainer.run_folder import check_run_directory, run_directory
-from mlx_trainer.trainer import Trainer
+from mlx_trainer.trainer import Trainer, TrainingResult
 
 log = logging.getLogger("mlx_trainer.build")
 

@@ -1,4 +1,4 @@
-"""What a run returns."""
+"""What a run leaves besides its files."""
 
 from collections.abc import Mapping
 

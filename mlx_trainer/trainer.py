@@ -21,7 +21,7 @@ from mlx_trainer.interval import LogInterval, StepRecord
 from mlx_trainer.limits import Limits, at_least_one
 from mlx_trainer.loaders import DataSource, Loader
 from mlx_trainer.module import TrainerModule
-from mlx_trainer.result import TrainingResult
+from mlx_trainer.result import TrainingResult as TrainingResult
 from mlx_trainer.rollback import Rollbacks
 from mlx_trainer.snapshot import Snapshot
 from mlx_trainer.state import TrainingState

@@ -1,11 +1,7 @@
 """Checkpoints written while the training goes on: what they hold, when they are told, and how they fail."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -289,40 +285,3 @@ def test_a_module_with_a_save_of_its_own_is_saved_in_the_loop(tmp_path: Path) ->
 
     Trainer(callbacks=[ModelCheckpoint(tmp_path, every=3)], max_steps=4).fit(Own(), MANY)
     assert threads == [LOOP] * 3  # steps 3 and 4, and the result
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from mlx_trainer import Callback, ModelCheckpoint, Trainer
-from tests.toy import ToyLoader, ToyModule, toy_batches
-
-class Tells(Callback):
-    def on_fit_start(self, trainer, module):
-        print("from", trainer.state.step, flush=True)
-
-callbacks = [Tells(), ModelCheckpoint(Path(sys.argv[1]), every=1, keep_last=2)]
-trainer = Trainer(max_epochs=1_000_000, callbacks=callbacks, resume="auto")
-trainer.fit(ToyModule(), ToyLoader(toy_batches()))
-"""
-
-
-def test_killed_at_any_moment_a_run_continues_from_a_whole_checkpoint(tmp_path: Path) -> None:
-    """SIGKILL at random moments, a save at each step: the newest checkpoint is whole, and the next run begins there."""
-    rng, root, newest = random.Random(5), Path(__file__).parent.parent, 0
-    for _ in range(30):
-        with subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": str(root)},
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == f"from {newest}\n"
-            time.sleep(rng.uniform(0.0, 0.25))
-            process.send_signal(signal.SIGKILL)
-        path = CheckpointStore(tmp_path / "checkpoints").latest()
-        now = 0 if path is None else int(path.name.removeprefix("step-"))
-        assert now >= newest
-        newest = now
-    assert newest > 10  # it did get on

@@ -22,7 +22,7 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 def make_folder(path: str | Path) -> Path:
     """Create a folder and those above it; raise MonitoringError with the reason where that cannot be done."""
     folder = Path(path)
-    with _explained("create the folder", folder):
+    with explained("create the folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -32,7 +32,7 @@ def write_atomic(path: str | Path, text: str) -> Path:
     path = Path(path)
     make_folder(path.parent)
     beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
-    with _explained("write", path):
+    with explained("write", path):
         try:
             with beside.open("x", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
@@ -53,7 +53,7 @@ class JsonLines:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         make_folder(self.path.parent)
-        with _explained("write", self.path):
+        with explained("write", self.path):
             _cut_torn_line(self.path)
             self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
 
@@ -83,7 +83,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     Raises MonitoringError with file and line for any other line that is not a JSON object.
     """
     path = Path(path)
-    with _explained("read", path):
+    with explained("read", path):
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     records = []
     for number, line in enumerate(lines, 1):
@@ -139,7 +139,8 @@ def _cut_torn_line(path: Path) -> None:
 
 
 @contextmanager
-def _explained(action: str, path: Path) -> Iterator[None]:
+def explained(action: str, path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into a MonitoringError that says what could not be done with what."""
     try:
         yield
     except OSError as error:

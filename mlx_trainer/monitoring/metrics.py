@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from mlx_trainer.monitoring.error import MonitoringError
+from mlx_trainer.monitoring.event_file import EventFile
 from mlx_trainer.monitoring.files import NON_FINITE, make_folder, read_json_lines
 
 
@@ -90,12 +91,9 @@ class MetricsTracker:
 
     def to_tensorboard(self, directory: str | Path) -> None:
         """Write the whole history as TensorBoard scalars, tags being the names and the x axis the steps."""
-        from tensorboardX import SummaryWriter
-
-        with SummaryWriter(str(make_folder(directory))) as writer:
+        with EventFile(Path(directory)) as file:
             for step in sorted(self._rows):
-                for name, value in self._rows[step].items():
-                    writer.add_scalar(name, value, step)
+                file.add_scalars(step, self._rows[step])
 
 
 def format_value(value: float) -> str:

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,32 @@ def test_a_resumed_run_hides_what_came_after_its_checkpoint(tmp_path: Path) -> N
         callbacks = [TensorBoardLogger(), ModelCheckpoint(every=4, save_at_end=False)]
         fit(callbacks, run_dir=tmp_path, max_epochs=max_epochs, resume="auto")
     assert [event.step for event in read(tmp_path / "tensorboard").Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_what_was_logged_is_in_the_file_at_once(tmp_path: Path) -> None:
+    """Nothing waits in memory, where a kill would lose it: TensorBoard's reader sees each log while the run goes on."""
+    seen = []
+
+    class Looking(MemoryMonitor):
+        phase = "checkpoint"  # after the logger
+
+        def on_log(self, trainer: Any, module: Any, step: int, metrics: dict[str, float]) -> None:
+            seen.append([event.step for event in read(tmp_path).Scalars("train/loss")])
+
+    fit([TensorBoardLogger(tmp_path), Looking()])
+    assert seen == [[2], [2, 4], [2, 4, 6]]
+
+
+def test_files_are_read_in_the_order_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs within the same second, and with a clock that was put back: the last run's values are those that show."""
+    clock = [2e9]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    for max_steps in (5, 6):
+        callbacks = [TensorBoardLogger(), ModelCheckpoint(every=2, save_at_end=False)]
+        fit(callbacks, run_dir=tmp_path, max_steps=max_steps, resume="auto")
+    clock[0] -= 1000
+    fit([TensorBoardLogger()], run_dir=tmp_path, resume=tmp_path / "checkpoints" / "step-00000002")
+    assert [event.step for event in read(tmp_path / "tensorboard").Scalars("train/loss")] == [2, 4, 6]
 
 
 def test_texts_are_kept_by_step(tmp_path: Path) -> None:
