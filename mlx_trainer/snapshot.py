@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_trainer import __version__
 from mlx_trainer.callback import Callback
 from mlx_trainer.checkpoint import FORMAT_VERSION, CheckpointError, verify
+from mlx_trainer.finite import check_finite
 from mlx_trainer.loaders import Loader, ResumableLoader
 from mlx_trainer.module import TrainerModule, check_parameters
 from mlx_trainer.state import TrainingState, key_to_seed, random_key, restore_random_state
@@ -111,6 +112,7 @@ class TakenSnapshot:
     def write(self, directory: Path) -> None:
         """Fill `directory`."""
         self.module.save(directory)
+        check_finite(directory)
         with (directory / OPTIMIZER_FILE).open("wb") as file:
             mx.save_safetensors(file, self.optimizer)
         contents = {

@@ -14,13 +14,13 @@ import mlx.core as mx
 
 from mlx_trainer import loaders
 from mlx_trainer.callback import Callback, Events
-from mlx_trainer.checkpoint import Saves
 from mlx_trainer.evaluation import EvalMetrics, EvaluationStep, Metric, evaluating
 from mlx_trainer.interruption import Interrupted, stopping_on_signals
 from mlx_trainer.interval import LogInterval, StepRecord
 from mlx_trainer.limits import Limits
 from mlx_trainer.loaders import DataSource, Loader
 from mlx_trainer.module import TrainerModule
+from mlx_trainer.saves import Saves
 from mlx_trainer.snapshot import Snapshot
 from mlx_trainer.state import TrainingState
 from mlx_trainer.step import StepOutput, TrainStep

@@ -11,7 +11,7 @@ PACKAGE = Path(mlx_trainer.__file__).parent
 ROOT = PACKAGE.parent
 
 # What each room may import of ours. A room is a folder or a file directly in the package.
-LEAVES = {"runtime", "monitoring", "config"}
+LEAVES = {"runtime", "monitoring", "config", "folders"}
 CORE = {
     "trainer",
     "step",
@@ -26,6 +26,9 @@ CORE = {
     "module",
     "evaluation",
     "checkpoint",
+    "finite",
+    "manifest",
+    "saves",
 }
 ALLOWED = {
     "config": set(),
@@ -35,7 +38,11 @@ ALLOWED = {
     "state": set(),
     "traced": {"state"},
     "module": set(),
-    "checkpoint": set(),
+    "folders": set(),
+    "manifest": {"folders"},
+    "finite": {"manifest"},
+    "checkpoint": {"finite", "folders", "manifest"},
+    "saves": set(),
     "callback": {"traced"} | {"evaluation", "module", "step", "trainer"},  # the latter for their types only
     "evaluation": {"state", "traced", "module"} | LEAVES,
     "step": {"module", "traced"},
@@ -43,7 +50,7 @@ ALLOWED = {
     "interruption": set(),
     "loaders": set(),
     "limits": set(),
-    "snapshot": {"callback", "checkpoint", "loaders", "module", "state"},
+    "snapshot": {"callback", "checkpoint", "finite", "loaders", "module", "state"},
     "trainer": CORE,
     "data": LEAVES,
     "models": LEAVES | {"module", "optim", "state"},
