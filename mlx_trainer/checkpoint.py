@@ -166,9 +166,11 @@ class CheckpointStore:
 
     def _make_way(self, final: Path) -> None:
         """Another run's checkpoint of the same step gets another name."""
+        if self.run is None:
+            return
         if not self.directory.exists():
-            logger.warning("%s is not there (any more); it is made", self.directory)
-        elif final.is_dir() and self.run is not None and owner(final) not in (self.run, UNKNOWN):
+            logger.warning("%s is not there any more; it is made again", self.directory)
+        elif final.is_dir() and owner(final) not in (self.run, UNKNOWN):
             names = (final.with_name(f"other-{final.name}" + f"-{n}" * (n > 1)) for n in count(1))
             other = next(path for path in names if not os.path.lexists(path))
             final.rename(other)
