@@ -1,41 +1,35 @@
 """The checkpoint store: a checkpoint is a directory, complete or absent.
 
-It is written beside its final name, every file is synced, a manifest with sizes and SHA-256 is written last, the
-directory is renamed and its parent synced. Only then are older ones removed. Rename without sync is not enough: after a
-power cut a complete-looking directory can hold empty files.
+It is written beside its final name, every file is synced, a manifest with sizes and SHA-256 is written last and all is
+read back, the directory is renamed and its parent synced. Only then are older ones removed, under another name first.
+Rename without sync is not enough: after a power cut a complete-looking directory can hold empty files.
+
+A folder may hold checkpoints of several runs, where it was used again. Each says in its manifest which run it is of,
+and the folder says which run is to be gone on with; those of others are left as they are.
 """
 
-import hashlib
-import json
 import logging
 import os
+import re
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from itertools import count
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
 
 import attrs
-import mlx.core as mx
+
+from mlx_trainer.finite import NotFiniteError
+from mlx_trainer.folders import discard, holder, locked, open_plain, sync, write_synced
+from mlx_trainer.manifest import FORMAT_VERSION, MANIFEST, CheckpointError, run_of, seal, verify
+
+__all__ = ["FORMAT_VERSION", "MANIFEST", "CheckpointError", "CheckpointStore", "seal", "verify", "write_directory"]
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-_PREFIX, _TEMPORARY = "step-", ".writing-"
-
-
-Save = Callable[[], Path]
-"""Writes a checkpoint and returns where it is."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or must not be read."""
+_PREFIX, _TEMPORARY, _REPLACED, _REMOVED = "step-", ".writing-", ".replaced-", ".removed-"
+_RUN, _LOCK = ".run", ".lock"
 
 
 @attrs.frozen
@@ -45,29 +39,47 @@ class CheckpointStore:
     directory: Path
     keep_last: int | None = None
     """How many of the newest to keep; None keeps all."""
+    run: str | None = None
+    """The id of the run that saves here; None: the one that the directory is said to be of."""
+    expected_bytes: int | None = None
+    """What a checkpoint will take, where that is known: for the error of a full disk."""
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is, or would be."""
+        return self.directory / f"{_PREFIX}{step:08d}"
 
     def save(self, step: int, write: Callable[[Path], None], protect: Path | None = None) -> Path:
         """Let `write` fill a directory and make it the checkpoint of `step`; then remove what retention does not keep.
 
-        `protect`, for instance the best one, is never removed. Raises CheckpointError, the older checkpoints untouched.
+        `protect`, for instance the best one, is never removed, nor is what another run saved. Raises CheckpointError,
+        the older checkpoints untouched.
         """
 
         def fill(directory: Path) -> None:
             write(directory)
-            seal(directory)
+            seal(directory, self.run)
             verify(directory)
 
-        final = self.directory / f"{_PREFIX}{step:08d}"
-        write_directory(final, fill)
+        final = self.path(step)
+        with self._told(final):
+            self._make_way(final)
+            write_directory(final, fill)
+            self.claim()
         self._remove_old({final, protect})
         return final
 
     def list(self) -> list[Path]:
-        """The checkpoints by step, oldest first; not verified."""
-        return sorted(path for path in self.directory.glob(f"{_PREFIX}*") if path.is_dir() and not path.is_symlink())
+        """The checkpoints of this run by step, oldest first, and those that do not say whose they are; not verified."""
+        run = self.run or self._recorded_run()
+        return [path for path in self._steps() if run is None or owner(path) in (run, UNKNOWN)]
+
+    def others(self) -> Sequence[Path]:
+        """The checkpoints of other runs, by step."""
+        ours = self.list()
+        return [path for path in self._steps() if path not in ours]
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that matches its manifest; damaged ones are passed over with a warning.
+        """The newest checkpoint of this run that matches its manifest; damaged ones are passed over with a warning.
 
         Raises CheckpointError where checkpoints exist and all are damaged: starting over would hide the loss.
         """
@@ -85,113 +97,137 @@ class CheckpointStore:
             )
         return None
 
-    def _remove_old(self, protected: set[Path | None]) -> None:
-        if self.keep_last is None:
-            return
-        for path in self.list()[: -self.keep_last]:
-            if path not in protected:
-                shutil.rmtree(path)
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let no other run write here, and put in order what a killed one left.
 
-
-class Saves:
-    """The checkpoints of a run on their way to the disk; `tell` hears of each that is complete.
-
-    A save in the background reads arrays that may still be under way when it is added. They are handed to the thread
-    only once they are there: that an array is there is noted in the array itself, without a lock (mlx 0.32,
-    `array::wait`), so two threads must not wait for the same one: where the thread waited itself, two of three runs of
-    3,000 saves ended in a segmentation fault. From then on nobody changes an array, and MLX's own functions may read
-    it, and save it, in the thread. It is held until the save is done, so that no later step overwrites or frees it.
-    """
-
-    def __init__(self, tell: Callable[[Path], Any]) -> None:
-        self._tell = tell
-        self._added: list[tuple[Any, Save]] = []
-        self._under_way: list[tuple[Any, Future[Path]]] = []
-        self._stall_us: float | None = None
-
-    def begin(self, ask: Callable[[], Iterable[Path | None]]) -> None:
-        """Let `ask` save, or add what saves in the background, as soon as nothing else is under way."""
-        start = time.perf_counter()
-        self.follow(wait=True)
-        for path in ask():
-            if path is not None:
-                self._tell(path)
-        self._stall_us = 1e6 * (time.perf_counter() - start)
-        logger.debug("a checkpoint held the training up for %.0f µs", self._stall_us)
-
-    def add(self, arrays: Any, save: Save) -> None:
-        """The thread will call `save` after the next `follow`; `arrays` are all of MLX's that it reads."""
-        mx.async_eval(arrays)  # those that no step has dispatched
-        self._added.append((arrays, save))
-
-    def follow(self, wait: bool = False) -> None:
-        """Tell of what is complete by now, with `wait` of all; raises CheckpointError for what could not be written.
-
-        Waits for the arrays of a new save, so it is called where the step that makes them is over anyway.
+        Raises CheckpointError, naming the process, where another run has it.
         """
-        while self._added:
-            arrays, save = self._added.pop(0)
-            mx.eval(arrays)
-            self._under_way.append((arrays, in_writer_thread(save)))
-        while self._under_way and (wait or self._under_way[0][1].done()):
-            self._tell(self._under_way.pop(0)[1].result())
+        lock = self.directory / _LOCK
+        with locked(lock) as ours:
+            if not ours:
+                raise CheckpointError(
+                    f"{self.directory} is being written by process {holder(lock)}; wait until that run has ended, or "
+                    "give this one a directory of its own"
+                )
+            self._put_in_order()
+            yield
+
+    def claim(self) -> None:
+        """Have the directory say that it is this run's which are to be gone on with."""
+        path, text = self.directory / _RUN, f"{self.run}\n"
+        if self.run is not None and not (
+            path.is_file() and not path.is_symlink() and path.read_bytes() == text.encode()
+        ):
+            write_synced(path, text)
+
+    def check_room(self, needed: int, what: str) -> None:
+        """Raise CheckpointError unless the disk has `needed` bytes for `what`, and takes a checkpoint now.
+
+        Quotas, and limits on the size of a file, show only when something is written.
+        """
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self.directory} has room for {free:,} bytes; this run needs {needed:,} for {what}: free some, keep "
+                "fewer checkpoints (keep_last), or name a directory on another disk"
+            )
+        if self.expected_bytes and hasattr(os, "posix_fallocate"):  # not so on macOS
+            try:
+                with tempfile.TemporaryFile(dir=self.directory) as file:
+                    os.posix_fallocate(file.fileno(), 0, self.expected_bytes)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.directory} cannot take a checkpoint of {self.expected_bytes:,} bytes: {error.strerror}; "
+                    "raise that limit, or name a directory on another disk"
+                ) from error
+
+    def _recorded_run(self) -> str | None:
+        path = self.directory / _RUN
+        try:
+            with open_plain(path) as file:
+                run = file.read(100).decode(errors="replace")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}; remove it") from error
+        if not re.fullmatch(r"[0-9a-f]{32}\n", run):
+            raise CheckpointError(
+                f"{path}, which says whose checkpoints are to be gone on with, is damaged; remove it, and the newest "
+                "of any run are"
+            )
+        return run.strip()
+
+    def _steps(self) -> Sequence[Path]:
+        """What looks like a checkpoint, by step; neither links nor files."""
+        pattern = re.compile(rf"{_PREFIX}(\d{{8}}|[1-9]\d{{8,15}})", re.ASCII)
+        found = (path for path in self.directory.glob(f"{_PREFIX}*") if pattern.fullmatch(path.name))
+        return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of)
+
+    def _make_way(self, final: Path) -> None:
+        """Another run's checkpoint of the same step gets another name."""
+        if self.run is None:
+            return
+        if not self.directory.exists():
+            logger.warning("%s is not there any more; it is made again", self.directory)
+        elif final.is_dir() and owner(final) not in (self.run, UNKNOWN):
+            names = (final.with_name(f"other-{final.name}" + f"-{n}" * (n > 1)) for n in count(1))
+            other = next(path for path in names if not os.path.lexists(path))
+            final.rename(other)
+            logger.warning("%s is another run's; it is %s now", final, other.name)
 
     @contextmanager
-    def all_followed(self) -> Iterator[None]:
-        """Leave the block once all is written, also where it fails; then a save that fails too hides no error.
-
-        A second Ctrl-C, which means at once, waits for nothing.
-        """
+    def _told(self, final: Path) -> Iterator[None]:
+        """Add to an error what only the store knows."""
         try:
             yield
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
-            try:
-                self.follow(wait=True)
-            except Exception:
-                logger.exception("a checkpoint could not be finished")
-            raise
-        self.follow(wait=True)
+        except NotFiniteError as error:
+            newest = self.latest()
+            good = "there is no good checkpoint yet" if newest is None else f"the newest good one is {newest}"
+            raise CheckpointError(f"{final} was not saved: {error}; {good}") from error
+        except OSError as error:
+            raise CheckpointError(f"could not write {final}: {error}") from error
+        except CheckpointError as error:
+            if self.expected_bytes is None or not isinstance(error.__cause__, OSError | RuntimeError):
+                raise
+            raise CheckpointError(f"{error}; it takes about {self.expected_bytes:,} bytes") from error.__cause__
 
-    def stall(self) -> dict[str, float]:
-        """How long the newest checkpoint held the loop up, in µs, by its TensorBoard tag; once, then nothing.
+    def _remove_old(self, protected: set[Path | None]) -> None:
+        """What is being removed has another name meanwhile: half of it must not look like a checkpoint."""
+        ours = [path for path in self._steps() if owner(path) == self.run]
+        for path in ours[: -self.keep_last] if self.keep_last else []:
+            if path not in protected:
+                doomed = path.with_name(f"{_REMOVED}{path.name}")
+                try:
+                    discard(doomed)
+                    path.rename(doomed)
+                    discard(doomed)
+                except OSError as error:
+                    logger.warning("an old checkpoint cannot be removed: %s", error)
 
-        What is written in the loop waits for the step first, which counts.
-        """
-        stall_us, self._stall_us = self._stall_us, None
-        return {} if stall_us is None else {"perf/checkpoint_stall_us": stall_us}
-
-
-def in_writer_thread(save: Save) -> "Future[Path]":
-    """Call `save` in the thread that writes, after what it was given before."""
-    future: Future[Path] = Future()
-    _writer().put((future, save))
-    return future
-
-
-@cache
-def _writer() -> "SimpleQueue[tuple[Future[Path], Save]]":
-    """The queue of the one thread that writes.
-
-    One for the whole process: a thread that uses MLX starts a stream, and with it a thread of MLX's that never ends.
-    A daemon: an interpreter that ends at once must not wait for the disk; what is half written is no checkpoint.
-    """
-    queue: SimpleQueue[tuple[Future[Path], Save]] = SimpleQueue()
-
-    def work() -> None:
-        while True:
-            _run(*queue.get())
-
-    threading.Thread(target=work, name="checkpoint-writer", daemon=True).start()
-    return queue
+    def _put_in_order(self) -> None:
+        """Remove what killed saves left; what one was about to replace is a checkpoint again."""
+        for prefix in (_REPLACED, _TEMPORARY, _REMOVED):
+            for path in self.directory.glob(f"{prefix}*"):
+                _put_back(self.directory / path.name.removeprefix(prefix))
+                discard(path)
 
 
-def _run(future: "Future[Path]", save: Save) -> None:
+def step_of(path: Path) -> int:
+    """The step of the checkpoint at `path`."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
+UNKNOWN = "unknown"
+"""The owner of a checkpoint that does not say."""
+
+
+def owner(path: Path) -> str | None:
+    """The id of the run that wrote a checkpoint, None where it has none, UNKNOWN where its manifest is damaged."""
     try:
-        future.set_result(save())
-    except BaseException as error:
-        future.set_exception(error)
+        return run_of(path)
+    except CheckpointError:
+        return UNKNOWN
 
 
 def write_directory(final: Path, write: Callable[[Path], None]) -> None:
@@ -201,78 +237,43 @@ def write_directory(final: Path, write: Callable[[Path], None]) -> None:
     """
     temporary = final.with_name(f"{_TEMPORARY}{final.name}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(final)
+        discard(temporary)
         temporary.mkdir(parents=True)
         write(temporary)
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync(path)
         _replace(temporary, final)
-    except OSError as error:
-        raise CheckpointError(f"could not write {final}: {error}") from error
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError) as error:  # MLX has the latter for files that it cannot write
+        raise CheckpointError(f"could not write {final}: {error}{_room(temporary)}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def seal(directory: Path) -> None:
-    """Write the manifest of all files in `directory`."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "files": {
-            str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": sha256(path)} for path in files
-        },
-    }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def verify(directory: Path) -> None:
-    """Raise CheckpointError unless every file that the manifest names is there with its size and SHA-256."""
-    for name, entry in _manifest_files(directory).items():
-        path = directory / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file() or path.is_symlink():
-            raise CheckpointError(f"{directory}: {name} is missing or is no plain file of this directory")
-        if path.stat().st_size != entry["size"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['size']}")
-        if sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path} differs from what was saved (SHA-256)")
-
-
-def _manifest_files(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-        version, files = manifest["format_version"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{directory} is no complete checkpoint: {MANIFEST} is missing or unreadable ({error})"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}; this version of mlx_trainer reads {FORMAT_VERSION}"
-        )
-    return dict(files)
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        discard(temporary)
 
 
 def _replace(temporary: Path, final: Path) -> None:
     """Rename, and sync the parent, so that the new name survives a power cut."""
-    aside = final.with_name(f"{_TEMPORARY}old-{final.name}")
-    if final.exists():  # the same step again, after a resume
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
+    if os.path.lexists(final):  # the same step again, after a resume
+        final.rename(final.with_name(f"{_REPLACED}{final.name}"))
     temporary.rename(final)
-    _sync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    sync(final.parent)
+    discard(final.with_name(f"{_REPLACED}{final.name}"))
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _put_back(final: Path) -> None:
+    """Where a save was killed between the two renames, what it was about to replace stands at `final` again."""
+    replaced = final.with_name(f"{_REPLACED}{final.name}")
+    if os.path.lexists(final):
+        discard(replaced)
+    elif os.path.lexists(replaced):
+        replaced.rename(final)
+
+
+def _room(temporary: Path) -> str:
+    """How much was written, and how much still fits."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        written = sum(path.lstat().st_size for path in temporary.rglob("*"))
+        return f" ({written:,} bytes of it were written, {shutil.disk_usage(temporary).free:,} are free there)"
+    except OSError:
+        return ""

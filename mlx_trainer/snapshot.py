@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from mlx_trainer.callback import Callback
 from mlx_trainer.checkpoint import FORMAT_VERSION, CheckpointError, verify
 from mlx_trainer.evaluation import EvalMetrics
+from mlx_trainer.finite import check_finite
 from mlx_trainer.loaders import Loader, ResumableLoader, place
 from mlx_trainer.module import TrainerModule, check_parameters
 from mlx_trainer.resuming import Identity
@@ -166,6 +167,7 @@ class TakenSnapshot:
     def write(self, directory: Path) -> None:
         """Fill `directory`."""
         self.module.save(directory)
+        check_finite(directory)
         with (directory / OPTIMIZER_FILE).open("wb") as file:
             mx.save_safetensors(file, self.optimizer)
         if self.callbacks:

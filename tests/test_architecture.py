@@ -11,7 +11,7 @@ PACKAGE = Path(mlx_trainer.__file__).parent
 ROOT = PACKAGE.parent
 
 # What each room may import of ours. A room is a folder or a file directly in the package.
-LEAVES = {"runtime", "monitoring", "config", "safetensors_file"}
+LEAVES = {"runtime", "monitoring", "config", "folders", "safetensors_file"}
 CORE = {
     "trainer",
     "step",
@@ -30,6 +30,9 @@ CORE = {
     "module",
     "evaluation",
     "checkpoint",
+    "finite",
+    "manifest",
+    "saves",
 }
 ALLOWED = {
     "config": set(),
@@ -41,7 +44,11 @@ ALLOWED = {
     "state": set(),
     "traced": {"state"},
     "module": set(),
-    "checkpoint": set(),
+    "folders": set(),
+    "manifest": {"folders", "safetensors_file"},
+    "finite": {"manifest"},
+    "checkpoint": {"finite", "folders", "manifest"},
+    "saves": set(),
     "callback": {"traced"} | {"evaluation", "module", "step", "trainer"},  # the latter for their types only
     "evaluation": {"state", "traced", "module"} | LEAVES,
     "step": {"failure", "module", "traced"},
@@ -53,7 +60,8 @@ ALLOWED = {
     "loaders": set(),
     "limits": set(),
     "resuming": {"checkpoint", "traced"} | {"loaders", "trainer"},  # the latter for their types only
-    "snapshot": {"callback", "checkpoint", "evaluation", "loaders", "module", "resuming", "state", "traced", "trainer"},
+    "snapshot": {"callback", "checkpoint", "evaluation", "finite", "loaders", "module", "resuming", "state", "traced"}
+    | {"trainer"},  # for its type only
     "trainer": CORE,
     "data": LEAVES,
     "models": LEAVES | {"module", "optim", "state"},

@@ -71,7 +71,7 @@ def test_twice_without_memory_ends_the_run_with_advice(
     Backend(monkeypatch, "async_eval", *calls)
     with pytest.raises(TrainingError, match=r"no memory was left for step \d .*: a smaller batch_tokens or batch_size"):
         end(accumulate, callbacks=[ModelCheckpoint(tmp_path, every=2, background=False)])
-    assert sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir()) == saved
+    assert sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").glob("step-*")) == saved
     assert "failed in on_exception" not in caplog.text
 
 

@@ -356,6 +356,7 @@ def test_a_checkpoint_that_tells_nothing_is_resumed_with_a_warning(
             del state[name]
         (directory / "state.json").write_text(json.dumps(state))
 
+    (tmp_path / "checkpoints" / ".run").unlink()
     CheckpointStore(tmp_path / "checkpoints").save(2, write)
     fit(tmp_path, max_steps=4, resume="auto", seed=1)
     assert "does not say what it was trained with, so nothing can be compared" in caplog.text

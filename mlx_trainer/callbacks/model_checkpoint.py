@@ -2,23 +2,31 @@
 
 import filecmp
 import logging
+import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from attrs import asdict, frozen
+import mlx.core as mx
+from attrs import asdict, evolve, frozen
+from mlx.utils import tree_flatten
 
 from mlx_trainer.callback import Callback
 from mlx_trainer.callbacks.monitor import check_mode, improves, monitored
 from mlx_trainer.callbacks.places import place, writable_folder
 from mlx_trainer.callbacks.timing import check_every
-from mlx_trainer.checkpoint import CheckpointStore, write_directory
+from mlx_trainer.checkpoint import UNKNOWN, CheckpointStore, owner, step_of, write_directory
 from mlx_trainer.evaluation import EvalMetrics
+from mlx_trainer.finite import check_finite
 from mlx_trainer.module import TrainerModule
 from mlx_trainer.snapshot import can_be_frozen
 from mlx_trainer.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+SMALL_FILES = 1 << 16
+"""Bytes for the position, the configuration and the manifest, which take some kilobytes."""
 
 
 @frozen
@@ -69,9 +77,11 @@ class ModelCheckpoint(Callback):
         self.monitor, self.mode, self.save_at_end = monitor, check_mode(mode), save_at_end
         self.background, self.save_on_exception = background, save_on_exception
         self._store: CheckpointStore | None = None
+        self._lock = ExitStack()
         self._reset()
 
     def _reset(self) -> None:
+        self._found: Path | None = None
         self.best: Best | None = None
         self._candidate: Best | None = None
         self._saved_step: int | None = None
@@ -88,27 +98,56 @@ class ModelCheckpoint(Callback):
         """The checkpoint with the best monitored value, or None where there is none (any more)."""
         if self.best is None:
             return None
-        name = f"{self.best.step:08d}"
-        return next((path for path in self.store.list() if path.name.endswith(name)), None)
+        path = self.store.path(self.best.step)
+        return path if path.is_dir() else None
 
     def latest_checkpoint(self) -> Path | None:
         """The newest one that is whole."""
-        return self.store.latest()
+        self._found = self.store.latest()
+        return self._found
 
     def setup(self, trainer: Trainer, module: TrainerModule, stage: str) -> None:
-        """Refuse a folder that cannot be written before anything is loaded."""
+        """Refuse a folder that cannot be written, or that another run writes, before anything is loaded."""
         self._fitting = stage == "fit"
         if self._fitting:
             folder = place(self.directory, trainer, "", "ModelCheckpoint") / "checkpoints"
             self._store = CheckpointStore(writable_folder(folder), self.keep_last)
             self._reset()
+            self._lock.enter_context(self._store.held())
 
     def on_fit_start(self, trainer: Trainer, module: TrainerModule) -> None:
-        """Forget a restored best one that is in another folder, or removed: it cannot be kept."""
-        if self.best is not None and self.best_checkpoint is None:
+        """Know which run this is, what is its own in the folder, and whether there is room for what it will save.
+
+        A restored best one that is in another folder, or removed, is forgotten: it cannot be kept.
+        """
+        origin = self._found if trainer.resume == "auto" else trainer.resume
+        run = owner(Path(origin)) if origin and trainer.state.step else None
+        path = self.best_checkpoint
+        if self.best is not None and (path is None or owner(path) != run):
             logger.warning("the best checkpoint so far, of step %d, is not in %s", self.best.step, self.store.directory)
             self.best = None
         self._saved_step = trainer.state.step  # what a run begins with need not be saved
+        if run in (None, UNKNOWN) or self._goes_back(trainer, run):
+            run = uuid.uuid4().hex
+        size = nbytes(module.model.trainable_parameters()) + nbytes(trainer.optimizer.state) + SMALL_FILES
+        self._store = evolve(self.store, run=run, expected_bytes=size)
+        if trainer.state.step == 0:
+            self.store.claim()
+        if others := self.store.others():
+            message = "%s has %d checkpoints of another run, which stay as they are; resume=%r goes on with the newest"
+            logger.warning(message, self.store.directory, len(others), str(others[-1]))
+        self._check_room(size, nbytes(module.model.trainable_parameters()))
+
+    def _goes_back(self, trainer: Trainer, run: str | None) -> bool:
+        """Whether it begins before the newest checkpoint of `run` on purpose: then it is another run from here on."""
+        steps = map(step_of, evolve(self.store, run=run).list())
+        return trainer.resume != "auto" and max(steps, default=0) > trainer.state.step
+
+    def _check_room(self, checkpoint: int, result: int) -> None:
+        """Raise CheckpointError where the disk cannot hold the checkpoints that are kept and the one being written."""
+        most = (self.keep_last or 2) + (self.monitor is not None) + 1
+        new = max(1, most - len(self.store.list()))
+        self.store.check_room(new * checkpoint + result, f"{new} checkpoints of {checkpoint:,} bytes and the result")
 
     def on_step_end(self, trainer: Trainer, module: TrainerModule, step: int) -> None:
         """Ask, at each step that `every` names."""
@@ -164,8 +203,17 @@ class ModelCheckpoint(Callback):
         result = self.store.directory.parent / module.artifact
         if trainer.step_output is None and same_files(result, self.store.latest()):
             logger.info("this run has ended already (%s): there is nothing left to do", trainer.stop_reason)
-        else:
-            write_directory(result, module.save)
+            return
+
+        def save(directory: Path) -> None:
+            module.save(directory)
+            check_finite(directory)
+
+        write_directory(result, save)
+
+    def teardown(self, trainer: Trainer, module: TrainerModule, stage: str) -> None:
+        """Let other runs have the folder."""
+        self._lock.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The best value of which metric, and its step."""
@@ -182,3 +230,8 @@ def same_files(folder: Path, other: Path | None) -> bool:
     files = [path for path in folder.glob("*") if path.is_file()]
     pairs = [(path, other / path.name) for path in files] if other is not None else []
     return bool(pairs) and all(twin.is_file() and filecmp.cmp(path, twin, shallow=False) for path, twin in pairs)
+
+
+def nbytes(tree: Any) -> int:
+    """The bytes of all arrays in a tree."""
+    return sum(array.nbytes for array in dict(tree_flatten(tree)).values() if isinstance(array, mx.array))

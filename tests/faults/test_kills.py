@@ -67,7 +67,7 @@ def newest(folder: Path) -> int:
 def temporaries(folder: Path) -> list[str]:
     """What a save had begun and not finished."""
     known = {path.name for path in store(folder).list()} if (folder / "checkpoints").exists() else set()
-    return sorted(path.name for path in folder.glob("checkpoints/*") if path.name not in known)
+    return sorted(path.name for path in folder.glob("checkpoints/*") if path.name not in {".run", *known})
 
 
 def timeless(path: Path) -> list[str]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from mlx_trainer.data.samples.conversation import DataError
 from mlx_trainer.data.sources.find import Source
-from mlx_trainer.data.store.locking import locked
 from mlx_trainer.data.store.parsing import parsed_parts
 from mlx_trainer.data.store.progress import reading
 from mlx_trainer.data.store.recipe import Recipe
 from mlx_trainer.data.store.store import FACTS, TokenStore
 from mlx_trainer.data.store.writing import StoreWriter
+from mlx_trainer.folders import locked, sync
 
 UNUSED_DAYS = 30
 """Stores that were not opened for so long are removed when another one is made."""
@@ -71,7 +71,7 @@ def build(source: Source, recipe: Recipe, place: Path, memory: Path, fingerprint
             raise DataError(f"{source.location} changed while it was read. Start again when nothing writes to it.")
         shutil.rmtree(place, ignore_errors=True)  # what is there is not whole, or it would have been used
         beside.rename(place)
-        sync_folder(place.parent)
+        sync(place.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     store = TokenStore.open(place, source.name)
@@ -100,15 +100,6 @@ def tidy(place: Path) -> None:
 def lock_of(place: Path) -> Path:
     """The lock that is held while the store at `place` is made."""
     return place.with_suffix(".lock")
-
-
-def sync_folder(folder: Path) -> None:
-    """Write the names in `folder` to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

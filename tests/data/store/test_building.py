@@ -21,9 +21,9 @@ from mlx_trainer.data.sources.files import FileSource, Progress
 from mlx_trainer.data.sources.jsonl import Line
 from mlx_trainer.data.store import parsing, progress
 from mlx_trainer.data.store.building import PARTIAL, lock_of, open_store
-from mlx_trainer.data.store.locking import locked
 from mlx_trainer.data.store.store import FACTS, TokenStore
 from mlx_trainer.data.store.writing import StoreWriter
+from mlx_trainer.folders import locked
 from tests.data.builders import ROOT, command, content, finished, recipe_of, start, write_texts
 
 ROWS = 3000
