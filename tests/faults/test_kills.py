@@ -153,10 +153,10 @@ def test_terminated_at_random_times(tmp_path: Path, campaign: Callable[[int, int
     begun: list[int] = []  # 1 where the signal came between two steps
     saves: list[int] = []  # 0 where the step was saved already, 2 where it was then found to be the best
     for _ in range(stops):
+        left_at = newest(folder)
         with victim(folder) as process:
             assert process.stdout is not None
-            began = process.stdout.readline()
-            assert began == f"began {newest(folder)}\n", process.communicate()
+            assert process.stdout.readline() == f"began {left_at}\n"
             time.sleep(rng.uniform(0, 0.4))
             sent = time.monotonic()
             process.send_signal(signal.SIGTERM)
