@@ -55,6 +55,7 @@ def train(config: Config) -> TrainingResult:
 
     Raises ConfigError, DataError or ModelError before anything is written, TrainingError during the training.
     """
+    refuse_secrets(config)
     with setup_logging():
         for sentence in unwise(config):
             log.warning("%s", sentence)
@@ -74,6 +75,16 @@ def train(config: Config) -> TrainingResult:
             return build_trainer(resolved, run_dir, evaluating=bool(data.validation_rows)).fit(module, data)
         finally:
             leave_report(run_dir)
+
+
+def refuse_secrets(config: Config) -> None:
+    """Raise ConfigError where `config`, which the run folder and each checkpoint keep, holds an access token."""
+    lines = to_yaml(config).splitlines()
+    if wrong := [line for line in lines if mask_secrets(line) != line]:
+        raise ConfigError(
+            f"the configuration holds an access token ({mask_secrets(wrong[0]).strip()}), and would be kept with the "
+            "run; take it out, and give it in the environment, such as HF_TOKEN"
+        )
 
 
 def leave_report(run_dir: Path) -> None:
