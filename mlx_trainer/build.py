@@ -58,6 +58,7 @@ def train(config: Config) -> TrainingResult:
 
     Raises ConfigError, DataError or ModelError before anything is written, TrainingError during the training.
     """
+    refuse_secrets(config)
     with setup_logging():
         for sentence in unwise(config):
             log.warning("%s", sentence)
@@ -91,6 +92,16 @@ def describing(config: Config, report: DataReport) -> Callback:
             write_environment(trainer.run_dir, seed=config.data.seed, data=kept(report).as_dict())
 
     return LambdaCallback("describing", on_epoch_start=describe)
+
+
+def refuse_secrets(config: Config) -> None:
+    """Raise ConfigError where `config`, which the run folder and each checkpoint keep, holds an access token."""
+    lines = to_yaml(config).splitlines()
+    if wrong := [line for line in lines if mask_secrets(line) != line]:
+        raise ConfigError(
+            f"the configuration holds an access token ({mask_secrets(wrong[0]).strip()}), and would be kept with the "
+            "run; take it out, and give it in the environment, such as HF_TOKEN"
+        )
 
 
 def leave_report(run_dir: Path) -> None:

@@ -12,6 +12,7 @@ from mlx.utils import tree_map_with_path
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import ModelSettings, found, normalised, read_config, read_json
 from mlx_trainer.models.libraries import quiet_imports
+from mlx_trainer.monitoring import visible
 from mlx_trainer.safetensors_file import check_header, check_regular
 from mlx_trainer.state import preserved_random_state
 
@@ -43,7 +44,7 @@ def load_model(directory: Path, *, dtype: str = "float16", trust_remote_code: bo
     except ModelError:
         raise
     except Exception as error:  # a config.json can be wrong in as many ways as there are architectures
-        text = " ".join(str(error).split())
+        text = " ".join(visible(str(error)).split())
         raise ModelError(f"The weights in {directory} do not fit its config.json: {text[:400]}") from error
     return model
 

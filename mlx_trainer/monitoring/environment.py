@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_trainer import runtime
 from mlx_trainer.monitoring.files import to_json, write_atomic
-from mlx_trainer.monitoring.secrets import mask_arguments
+from mlx_trainer.monitoring.secrets import mask_arguments, mask_secrets
 
 _PACKAGES = ("mlx-trainer", "mlx", "mlx-lm", "transformers", "tokenizers", "huggingface-hub", "numpy")
 
@@ -35,7 +35,8 @@ def environment_facts() -> dict[str, Any]:
 
 def write_environment(run_dir: str | Path, **more: Any) -> Path:
     """Write `environment.json`, with further facts such as the seed or the data's fingerprint, and return its path."""
-    return write_atomic(Path(run_dir) / "environment.json", to_json(environment_facts() | more, indent=2) + "\n")
+    text = mask_secrets(to_json(environment_facts() | more, indent=2))
+    return write_atomic(Path(run_dir) / "environment.json", text + "\n")
 
 
 def _program(path: Path) -> list[str]:
