@@ -18,6 +18,7 @@ from mlx_trainer.callbacks import (
     GradientClipping,
     LambdaCallback,
     Ledger,
+    LossSpike,
     MemoryMonitor,
     MetricsLogger,
     ModelCheckpoint,
@@ -291,7 +292,14 @@ def trainer_with(config: Config, callbacks: Iterable[Callback], **options: Any) 
 def build_callbacks(config: Config, *, evaluating: bool = True) -> list[Callback]:
     """Return the callbacks that `config` asks for, in their order."""
     training, evaluation = config.training, config.evaluation
-    callbacks: list[Callback] = [NaNGuard(), MemoryMonitor(), ProgressBar(), MetricsLogger()]
+    callbacks: list[Callback] = [
+        NaNGuard(patience=training.nan_patience, rollback=training.nan_rollback),
+        MemoryMonitor(stop_percent=config.run.memory_stop_percent),
+        ProgressBar(),
+        MetricsLogger(),
+    ]
+    if training.loss_spike is not None:
+        callbacks.append(LossSpike(policy=training.loss_spike))
     if training.max_grad_norm is not None:
         callbacks.append(GradientClipping(max_norm=training.max_grad_norm))
     if evaluating:

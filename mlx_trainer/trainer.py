@@ -270,6 +270,7 @@ class Trainer:
     def _pause(self) -> None:
         """Go back, evaluate and save, where that was asked for."""
         if self._evaluation_requested or self._checkpoint_requested:
+            self._log_due |= self._checkpoint_requested and len(self._interval) > 0  # or it would be lost with the run
             self._read_log()
         if self.rollbacks.reason:
             self._saves.follow(wait=True)

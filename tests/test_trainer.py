@@ -13,13 +13,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_trainer import Callback, LossOutput, Trainer, TrainerModule
+from mlx_trainer import Callback, LambdaCallback, LossOutput, NaNGuard, Trainer, TrainerModule
 from mlx_trainer.checkpoint import CheckpointError, seal
 from mlx_trainer.limits import seconds_of
 from mlx_trainer.state import random_state
 from mlx_trainer.traced import from_tree, to_tree
 from mlx_trainer.trainer import TrainingError
-from tests.toy import ToyBatch, ToyLoader, ToyModule, toy_batches, weights
+from tests.toy import ToyBatch, ToyLoader, ToyModule, toy_batches, weights, with_nan
 
 READS = (
     "item",
@@ -317,6 +317,25 @@ def test_resuming_at_any_step_continues_bit_for_bit(step: int, background: bool,
 
     assert run(ToyLoader(toy_batches()), resumed, resume=tmp_path / "checkpoint") == expected
     assert resumed.seen == whole.seen == 12
+
+
+def test_a_checkpoint_between_two_logs_loses_nothing_of_them(tmp_path: Path) -> None:
+    """It is a log point: what the steps since the last one were is told, and counted, before it is saved."""
+    batches = toy_batches()
+    batches[0] = with_nan(batches[0])
+    logs: list[tuple[int, str]] = []  # as texts: NaN is not itself
+
+    def told(*callbacks: Callback, **options: Any) -> list[tuple[int, str]]:
+        logs.clear()
+        note = LambdaCallback("note", on_log=lambda t, m, step, values: logs.append((step, str(values["train/loss"]))))
+        guard = NaNGuard()
+        Trainer(max_steps=9, log_every=4, callbacks=[guard, note, *callbacks], **options).fit(ToyModule(), batches)
+        assert guard.skipped == 2
+        return list(logs)
+
+    whole = told(SaveAt(3, tmp_path / "checkpoint"))
+    assert [step for step, _ in whole] == [3, 4, 8, 9]
+    assert told(resume=tmp_path / "checkpoint") == whole[1:]
 
 
 def test_a_loader_without_a_position_is_fast_forwarded_with_a_warning(

@@ -38,6 +38,10 @@ class LossSpike(Callback):
             )
         self.policy, self.threshold, self.window = policy, threshold, window
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides on which updates are made; telling of them decides on nothing."""
+        return {} if self.policy == "warn" else {"loss_spike": [self.policy, self.threshold, self.window]}
+
     def initial_arrays(self, module: TrainerModule) -> dict[str, Any]:
         """The last losses, oldest overwritten first, and how many there were."""
         return {"losses": mx.zeros(self.window), "count": mx.array(0, mx.uint32)}

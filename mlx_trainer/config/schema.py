@@ -63,6 +63,11 @@ class TrainingConfig:
     warmup_steps: int = option("Steps over which the learning rate rises to its highest", 100, NOT_NEGATIVE)
     weight_decay: float = option("Share of the weights taken off, times the learning rate", 0.01, SHARE)
     max_grad_norm: float | None = option("Gradients are scaled down to this global norm", 1.0, Range(above=0))
+    nan_patience: int = option("Steps in a row whose numbers are not finite, after which the run ends", 3, COUNT)
+    nan_rollback: bool = option("After these, go back to the newest checkpoint and on with other rows", False)
+    loss_spike: Literal["warn", "skip", "rollback"] | None = option(
+        "What to do about a loss 6 sigma above the last 128: tell, skip the step, or go back; null: nothing", None
+    )
     recompute: Literal["auto", "none", "attention", "selective", "mlp", "block"] = option(
         "What the backward pass computes again to save memory; auto: as little as fits", "auto"
     )
@@ -126,6 +131,9 @@ class RunConfig:
     directory: str | None = option("Run folder; by default runs/ and the dataset's name", None, NOT_EMPTY)
     resume: str | None = option(
         "auto (the newest checkpoint of the run folder) or a checkpoint's folder", None, NOT_EMPTY
+    )
+    memory_stop_percent: float | None = option(
+        "Stop in order, with a checkpoint, where this share of the memory is taken", None, Range(above=0, at_most=100)
     )
     allow_changes: Sequence[str] = option("What a resumed run may have changed, such as learning_rate; or all", ())
     tensorboard: bool = option("Write TensorBoard files", True)
