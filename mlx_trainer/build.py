@@ -70,7 +70,7 @@ def train(config: Config) -> TrainingResult:
         # With the folder that was found, so that `train <folder>/config.yaml --resume auto` continues this very run.
         resolved = evolve(config, run=evolve(config.run, directory=str(run_dir)))
         write_atomic(run_dir / "config.yaml", to_yaml(resolved))
-        write_environment(run_dir, seed=config.data.seed, data=kept(report).as_dict())
+        write_environment(run_dir, seed=config.data.seed, model=module.base_facts(), data=kept(report).as_dict())
         try:
             return build_trainer(resolved, run_dir, evaluating=bool(data.validation_rows)).fit(module, data)
         finally:
@@ -205,6 +205,7 @@ def base_arguments(model: ModelConfig) -> dict[str, Any]:
         # The default is Hugging Face's own, which its environment variables may have moved.
         "cache_dir": None if model.cache_dir == ModelConfig().cache_dir else model.cache_dir,
         "trust_remote_code": model.trust_remote_code,
+        "verify": model.verify,
     }
 
 

@@ -97,6 +97,7 @@ def test_the_text_names_every_option_in_the_order_of_the_schema(tmp_path: Path) 
         "  dtype: float16",
         "  max_seq_length: 2048",
         "  trust_remote_code: false",
+        "  verify: false",
         "lora:",
         "  rank: 16",
         "  alpha: 32.0",
