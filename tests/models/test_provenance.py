@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,6 @@ class Answer(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
 
-    @cached_property
     def found(self) -> tuple[bytes, dict[str, str]] | None:
         """The body and headers for the path, None where there is nothing."""
         if self.path.startswith("/api/models/someone/tiny/revision/main"):
@@ -85,8 +83,9 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Send headers and body."""
-        body, headers = self.found or (b"", {})
-        self.send_response(200 if self.found else 404)
+        found = self.found()
+        body, headers = found or (b"", {})
+        self.send_response(200 if found else 404)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
