@@ -73,7 +73,8 @@ def train(config: Config) -> TrainingResult:
     with setup_logging(make_folder(run_dir)):
         # With the folder that was found, so that `train <folder>/config.yaml --resume auto` continues this very run.
         resolved = evolve(config, run=evolve(config.run, directory=str(run_dir)))
-        trainer = build_trainer(resolved, run_dir, describing(resolved, report), evaluating=bool(data.validation_rows))
+        describing = description(resolved, module, report)
+        trainer = build_trainer(resolved, run_dir, describing, evaluating=bool(data.validation_rows))
         try:
             return trainer.fit(module, data)
         finally:
@@ -81,16 +82,17 @@ def train(config: Config) -> TrainingResult:
                 leave_report(run_dir)
 
 
-def describing(config: Config, report: DataReport) -> Callback:
+def description(config: Config, module: CausalLMModule, report: DataReport) -> Callback:
     """Return what writes `config` and the environment into the run folder once it is sure that steps will be taken.
 
     A resume that is refused, or has nothing left to do, leaves what the folder says of the run as it is.
     """
 
-    def describe(trainer: Trainer, module: TrainerModule, epoch: int) -> None:
+    def describe(trainer: Trainer, _: TrainerModule, epoch: int) -> None:
         if trainer.run_dir is not None and trainer.step_output is None:
             write_atomic(trainer.run_dir / "config.yaml", to_yaml(config))
-            write_environment(trainer.run_dir, seed=config.data.seed, data=kept(report).as_dict())
+            facts = {"model": module.base_facts(), "data": kept(report).as_dict()}
+            write_environment(trainer.run_dir, seed=config.data.seed, **facts)
 
     return LambdaCallback("describing", on_epoch_start=describe)
 
@@ -223,6 +225,7 @@ def base_arguments(model: ModelConfig) -> dict[str, Any]:
         # The default is Hugging Face's own, which its environment variables may have moved.
         "cache_dir": None if model.cache_dir == ModelConfig().cache_dir else model.cache_dir,
         "trust_remote_code": model.trust_remote_code,
+        "verify": model.verify,
     }
 
 

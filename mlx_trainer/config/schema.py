@@ -30,6 +30,7 @@ class ModelConfig:
         "Longest row in tokens; data.truncation says what becomes of longer ones", 2048, Range(at_least=8)
     )
     trust_remote_code: bool = option("Run Python code that comes with the model", False)
+    verify: bool = option("Compare all of a Hub model's files with their published digests", False)
 
 
 @frozen

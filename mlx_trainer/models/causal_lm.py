@@ -14,7 +14,7 @@ from mlx.optimizers import Optimizer
 
 from mlx_trainer import runtime
 from mlx_trainer.config import LoRAConfig
-from mlx_trainer.models import adapters, generation, loading, memory, source
+from mlx_trainer.models import adapters, generation, loading, memory, provenance, source
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.head import head_loss
 from mlx_trainer.models.hf_config import ModelSettings, read_config, vocabulary_size
@@ -36,6 +36,9 @@ class CausalLMModule(TrainerModule):
     Cheap to construct: the tokenizer is loaded at first use, the model at first use or `setup`. Each of `load_model`,
     `inject_lora`, `forward`, `training_loss` and `generate` can be overridden alone. A batch has `input_ids`,
     `attention_mask` and `labels`, all (rows, length), padded on the right, and `metadata` on the host.
+
+    `verify` reads all of a Hub model's files before they are loaded and raises ModelError where one is not what the
+    Hub published, at 1 to 2 GB/s.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class CausalLMModule(TrainerModule):
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         trust_remote_code: bool = False,
+        verify: bool = False,
         seed: int = 42,
     ) -> None:
         check_dtype(dtype, full=lora is None)
@@ -65,7 +69,7 @@ class CausalLMModule(TrainerModule):
         self.recompute = recompute
         self.revision = revision
         self.cache_dir = cache_dir
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self.verify = trust_remote_code, verify
         self.seed = seed
         self.artifact = "model" if lora is None else "adapter"
         self._optimization = {
@@ -76,6 +80,7 @@ class CausalLMModule(TrainerModule):
             "weight_decay": weight_decay,
         }
         self._model: nn.Module | None = None
+        self._commit: str | None = None
         self._told: set[Policy] = set()
         self._needed = 0
 
@@ -102,6 +107,10 @@ class CausalLMModule(TrainerModule):
         """The base model's config.json."""
         return read_config(self._directory(source.TOKENIZER_FILES))
 
+    def base_facts(self) -> dict[str, Any]:
+        """Return which base model this is: its name, the Hub's commit, and sizes and sampled digests of its weights."""
+        return {"name": self.name, **provenance.base_facts(self._directory(source.MODEL_FILES))}
+
     @property
     def batch_layout(self) -> Literal["padded", "unpadded"]:
         """ "unpadded" where the model can take it, and no subclass has a forward or a loss of its own."""
@@ -122,6 +131,8 @@ class CausalLMModule(TrainerModule):
     def load_model(self) -> nn.Module:
         """Return the base model as `dtype`; downloads it where it is no local folder and not in the cache."""
         directory = self._directory(source.MODEL_FILES)
+        if self.verify:
+            provenance.verify(directory)
         positions = self.settings.get("max_position_embeddings")
         if isinstance(positions, int) and self.max_seq_length > positions:
             log.warning("max_seq_length is %d, but %s knows %d positions.", self.max_seq_length, self.name, positions)
@@ -258,7 +269,11 @@ class CausalLMModule(TrainerModule):
         return memory.estimate(self.model, batch, optimizer, self.recompute)
 
     def _directory(self, files: Sequence[str]) -> Path:
-        return source.resolve(self.name, revision=self.revision, cache_dir=self.cache_dir, files=files)
+        revision = self._commit or self.revision
+        found = source.resolve(self.name, revision=revision, cache_dir=self.cache_dir, files=files)
+        if not Path(self.name).expanduser().is_dir():
+            self._commit = source.commit_of(found)  # tokenizer and weights are of one commit, should the branch move
+        return found
 
 
 def check_recompute(recompute: str) -> None:

@@ -1,6 +1,7 @@
 """From a model's name to a local directory: a folder as it stands, or a snapshot of a Hub repository."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def resolve(
     if looks_local(name):
         raise ModelError(f"There is no folder {name}. Give an existing folder, or a Hub name such as owner/model.")
     return snapshot(name, revision, hub_cache(cache_dir), files)
+
+
+def commit_of(directory: Path) -> str | None:
+    """Return the Hub's commit of a snapshot in the cache, None for any other folder."""
+    name = directory.name
+    return name if directory.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", name) else None
 
 
 def looks_local(name: str) -> bool:

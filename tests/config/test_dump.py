@@ -89,7 +89,7 @@ def test_paths_with_weights_keep_their_order() -> None:
 def test_the_text_names_every_option_in_the_order_of_the_schema(tmp_path: Path) -> None:
     """The dump of the defaults begins as the schema does, with YAML's own words for true, false and null."""
     dumped = to_yaml(Config(data=DataConfig("chats.jsonl")))
-    assert dumped.splitlines()[:10] == [
+    assert dumped.splitlines()[:11] == [
         "model:",
         "  model_name: mistralai/Mistral-7B-Instruct-v0.3",
         "  cache_dir: ~/.cache/huggingface",
@@ -97,6 +97,7 @@ def test_the_text_names_every_option_in_the_order_of_the_schema(tmp_path: Path) 
         "  dtype: float16",
         "  max_seq_length: 2048",
         "  trust_remote_code: false",
+        "  verify: false",
         "lora:",
         "  rank: 16",
         "  alpha: 32.0",

@@ -1,5 +1,8 @@
 """Configuration files: their order, their errors, and their limits."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +113,12 @@ def test_every_problem_is_told_at_once_with_its_file_key_value_and_range() -> No
         ),
         (
             "a.yaml",
+            "lora: !!python/object/apply:os.mkdir [canary]\n",
+            "a.yaml: line 1: could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/object/apply:os.mkdir'",
+        ),
+        (
+            "a.yaml",
             "extends: [b.yaml]\n",
             "a.yaml: extends is ['b.yaml']; it must be the path of one file, relative to this one",
         ),
@@ -124,6 +133,35 @@ def test_every_problem_is_told_at_once_with_its_file_key_value_and_range() -> No
 def test_a_file_that_cannot_be_used_is_told_by_name_and_line(name: str, text: str, message: str) -> None:
     """Broken syntax, duplicates, other shapes, code and oversized files: one line each, never a traceback."""
     assert error_of(write(name, text)) == message
+
+
+def test_numbers_are_those_of_yaml_1_2_and_other_loaders_stay_as_they_were() -> None:
+    """`1e-5` is a number here; the YAML package of everybody else still reads a text, and no code has run."""
+    program = (
+        "import yaml; from mlx_trainer.config import load_config; from mlx_trainer.models.loading import load_model\n"
+        "resolvers = repr(yaml.SafeLoader.yaml_implicit_resolvers)\n"
+        "rate = load_config('run.yaml', overrides={'data.dataset_path': 'x'}).training.learning_rate\n"
+        "try: load_model(__import__('pathlib').Path('.'))\n"
+        "except Exception as error: assert 'do not fit' in str(error), error\n"
+        "print(rate == 1e-5, repr(yaml.safe_load('1e-5')), repr(yaml.SafeLoader.yaml_implicit_resolvers) == resolvers)"
+    )
+    write("run.yaml", "training: {learning_rate: 1e-5}\n")
+    write("config.json", '{"model_type": "mistral"}')
+    Path("model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["True", "'1e-5'", "True"], done.stderr
+    assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: [" + "x, " * 20_000 + "]", "a: " + "{b: " * 900, "\n".join(f"k{n}: &a{n} v" for n in range(11_000))],
+    ids=["long", "deep", "anchors"],
+)
+def test_much_of_anything_is_refused(text: str) -> None:
+    """The pure parser reads about 100 kB a second, so that the largest file that is read takes ten."""
+    assert error_of(write("a.yaml", text)).startswith("a.yaml: ")
 
 
 def test_files_that_cannot_be_read_are_told_by_name() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_trainer.monitoring import mask_secrets
+from mlx_trainer.monitoring import mask_secrets, write_environment
 from mlx_trainer.monitoring.secrets import mask_arguments
 from tests.tiny import tiny_mistral
 
@@ -131,6 +131,12 @@ def test_a_secret_within_another_leaves_nothing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("A_TOKEN", "canary-canary")
     monkeypatch.setenv("B_TOKEN", "canary-canary-longer")
     assert mask_secrets("(canary-canary-longer) (canary-canary)") == "([hidden]) ([hidden])"
+
+
+def test_whatever_is_told_of_a_run_is_masked(tmp_path: Path) -> None:
+    """environment.json takes any further facts; a token in them, however deep, is hidden."""
+    path = write_environment(tmp_path, more={"model": [f"https://{UNSET['address']}@example.org", UNSET["row"]]})
+    assert json.loads(path.read_text())["more"] == {"model": ["https://[hidden]@example.org", "[hidden]"]}
 
 
 def test_arguments_after_a_secret_option() -> None:
