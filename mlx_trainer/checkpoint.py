@@ -57,7 +57,7 @@ class CheckpointStore:
 
         def fill(directory: Path) -> None:
             write(directory)
-            seal(directory, self.run)
+            seal(directory, self._current_run())
             verify(directory)
 
         final = self.path(step)
@@ -70,7 +70,7 @@ class CheckpointStore:
 
     def list(self) -> list[Path]:
         """The checkpoints of this run by step, oldest first, and those that do not say whose they are; not verified."""
-        run = self.run or self._recorded_run()
+        run = self._current_run()
         return [path for path in self._steps() if run is None or owner(path) in (run, UNKNOWN)]
 
     def others(self) -> Sequence[Path]:
@@ -142,12 +142,14 @@ class CheckpointStore:
                     "raise that limit, or name a directory on another disk"
                 ) from error
 
-    def _recorded_run(self) -> str | None:
+    def _current_run(self) -> str | None:
+        if self.run is not None:
+            return self.run
         path = self.directory / _RUN
         try:
             with open_plain(path) as file:
                 run = file.read(100).decode(errors="replace")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}; remove it") from error
@@ -166,11 +168,10 @@ class CheckpointStore:
 
     def _make_way(self, final: Path) -> None:
         """Another run's checkpoint of the same step gets another name."""
-        if self.run is None:
-            return
-        if not self.directory.exists():
+        run = self._current_run()
+        if self.run is not None and not self.directory.exists():
             logger.warning("%s is not there any more; it is made again", self.directory)
-        elif final.is_dir() and owner(final) not in (self.run, UNKNOWN):
+        elif run is not None and final.is_dir() and owner(final) not in (run, UNKNOWN):
             names = (final.with_name(f"other-{final.name}" + f"-{n}" * (n > 1)) for n in count(1))
             other = next(path for path in names if not os.path.lexists(path))
             final.rename(other)
@@ -194,7 +195,8 @@ class CheckpointStore:
 
     def _remove_old(self, protected: set[Path | None]) -> None:
         """What is being removed has another name meanwhile: half of it must not look like a checkpoint."""
-        ours = [path for path in self._steps() if owner(path) == self.run]
+        run = self._current_run()
+        ours = [path for path in self._steps() if owner(path) == run]
         for path in ours[: -self.keep_last] if self.keep_last else []:
             if path not in protected:
                 doomed = path.with_name(f"{_REMOVED}{path.name}")
