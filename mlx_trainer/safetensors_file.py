@@ -14,7 +14,7 @@ _STARTS = {b"PK": "a zip archive, as PyTorch and NumPy write", b"\x80": "a pickl
 def check_header(path: Path) -> None:
     """Raise ValueError, which names `path`, where it is no regular file or its header breaks the format's rules.
 
-    Reads and maps the header alone, 0.1 ms and 2 µs for each tensor; damaged values are not seen.
+    Reads and maps the header alone, 20 µs and about half a µs for each tensor; damaged values are not seen.
     """
     from safetensors import SafetensorError, safe_open
 

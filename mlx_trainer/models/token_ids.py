@@ -43,7 +43,7 @@ def check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
 def check_ids(batch: Any, vocabulary: int) -> None:
     """Raise ModelError, naming the row, for an input or label of a padded or unpadded batch beyond the `vocabulary`.
 
-    Takes about 10 µs for 4,096 NumPy ids. MLX's arrays are waited for, so give batches as NumPy arrays.
+    Takes about 4 µs for 4,096 NumPy ids. MLX's arrays are waited for, so give batches as NumPy arrays.
     """
     for name in ("input_ids", "labels", "targets"):
         if (values := getattr(batch, name, None)) is None:

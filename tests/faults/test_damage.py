@@ -188,7 +188,7 @@ def test_no_hostile_header_is_taken_for_good(saved: tuple[Path, Path], tmp_path:
     good = read(saved[1])
     for content in HOSTILE.values():
         forged(tmp_path / "forged", good, name, content)
-        with pytest.raises(CheckpointError, match=f"{name} is no valid safetensors file"):
+        with pytest.raises(CheckpointError, match=f"{name} is not a complete safetensors file"):
             verify(tmp_path / "forged")
     tell(f"{len(HOSTILE)} hostile headers of {name}, with a manifest that fits", "0 taken for good, 0 crashes, 0 hangs")
 
