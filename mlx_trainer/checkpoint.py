@@ -152,7 +152,7 @@ class CheckpointStore:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}; remove it") from error
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         if not re.fullmatch(r"[0-9a-f]{32}\n", run):
             raise CheckpointError(
                 f"{path}, which says whose checkpoints are to be gone on with, is damaged; remove it, and the newest "

@@ -359,7 +359,7 @@ def test_a_folder_that_does_not_say_whose_it_is(tmp_path: Path, damage: str) -> 
     (tmp_path / ".run").unlink()
     assert CheckpointStore(tmp_path).latest() == path
     (tmp_path / ".run").symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match=r"\.run cannot be read: Too many levels of symbolic links; remove it"):
+    with pytest.raises(CheckpointError, match=r"\.run cannot be read: Too many levels of symbolic links"):
         CheckpointStore(tmp_path).latest()
 
 
