@@ -16,7 +16,8 @@ def base_facts(directory: Path) -> dict[str, Any]:
     """Return commit, sizes and sampled digests of the weights in `directory`, as plain JSON values.
 
     A digest is of a file's size and of 16 parts of 64 KiB from its beginning, which is the header, to its end: another
-    training changes it, a single flipped bit need not. Takes about 1 ms for each file that the system has in its cache; `verify` reads all of it.
+    training changes it, a single flipped bit need not. Takes about 1 ms for each file that the system has in its
+    cache; `verify` reads all of it.
     """
     files = {
         path.name: {"bytes": path.stat().st_size, "sampled_sha256": sampled_digest(path)}
