@@ -111,7 +111,7 @@ class Identity:
     def _tell(self, saved: Mapping[str, Any]) -> None:
         told = changes(saved["versions"], VERSIONS) | changes(saved["settings"], self.settings)
         told |= changes(dict(flat(saved["config"] or {})), dict(flat(self.config))) if self.config else {}
-        for text in told.values():
+        for text in (text for name, text in told.items() if name != "run.resume"):
             logger.info("changed since the checkpoint: %s", text)
         if "total_steps" in told:
             logger.info("a learning rate that falls until the end of the run now does so until the new end")

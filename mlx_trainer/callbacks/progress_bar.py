@@ -41,7 +41,8 @@ class ProgressBar(Callback):
         self._metrics: dict[str, float] = {}
         self._best_loss: float | None = None
         name, step = type(module).__name__, trainer.state.step
-        say(header_line(name, step, trainer.total_steps, trainer.steps_per_epoch, trainer.accumulate))
+        if trainer.total_steps is None or step < trainer.total_steps:  # else a finished run was resumed
+            say(header_line(name, step, trainer.total_steps, trainer.steps_per_epoch, trainer.accumulate))
         if stderr_is_terminal():
             self._bar = terminal_bar(trainer.total_steps)
             self._draw(trainer, step)

@@ -39,7 +39,12 @@ def as_text(step: ReplayedStep) -> str:
 def evidence(step: ReplayedStep) -> str:
     """How the step was reached, and what shows that it is the run's own."""
     begin = f"taken up at the checkpoint of step {step.begun_at}" if step.begun_at else "taken from the start"
-    found = [f"the loss logged at step {at} is {'the same' if same else 'ANOTHER'}" for at, same in step.logged.items()]
+    found = []
+    for same in (True, False):
+        if steps := [str(at) for at, equal in step.logged.items() if equal == same]:
+            found.append(
+                f"what was logged as the loss of step {', '.join(steps)} is {'the same' if same else 'ANOTHER'}"
+            )
     if step.checkpoint_equal is not None:
         same = "are those" if step.checkpoint_equal else "are NOT those"
         found.append(f"the parameters after the step {same} of its checkpoint")

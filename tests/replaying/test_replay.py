@@ -130,7 +130,7 @@ def test_a_log_that_differs_is_told() -> None:
     finally:
         path.write_text(kept)
     assert found.logged == {5: True, 6: False}
-    assert "the loss logged at step 6 is ANOTHER" in as_text(found)
+    assert "the loss of step 5 is the same; what was logged as the loss of step 6 is ANOTHER" in as_text(found)
 
 
 def test_the_command_prints_the_worst_rows_first(capsys: pytest.CaptureFixture[str]) -> None:
