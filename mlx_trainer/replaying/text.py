@@ -40,14 +40,11 @@ def evidence(step: ReplayedStep) -> str:
     """How the step was reached, and what shows that it is the run's own."""
     begin = f"taken up at the checkpoint of step {step.begun_at}" if step.begun_at else "taken from the start"
     found = []
-    for same in (True, False):
-        if steps := [str(at) for at, equal in step.logged.items() if equal == same]:
-            found.append(
-                f"what was logged as the loss of step {', '.join(steps)} is {'the same' if same else 'ANOTHER'}"
-            )
+    for equal, word in ((True, "the same"), (False, "ANOTHER")):
+        if steps := ", ".join(str(at) for at, same in step.logged.items() if same == equal):
+            found.append(f"what was logged as the loss of step {steps} is {word}")
     if step.checkpoint_equal is not None:
-        same = "are those" if step.checkpoint_equal else "are NOT those"
-        found.append(f"the parameters after the step {same} of its checkpoint")
+        found.append(f"the parameters after it are {'' if step.checkpoint_equal else 'NOT '}those of its checkpoint")
     return "; ".join([begin, *found]) + (", bit for bit" if found else "; nothing on the way was logged or saved")
 
 
