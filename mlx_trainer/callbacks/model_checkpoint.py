@@ -131,12 +131,12 @@ class ModelCheckpoint(Callback):
             run = uuid.uuid4().hex
         size = nbytes(module.model.trainable_parameters()) + nbytes(trainer.optimizer.state) + SMALL_FILES
         self._store = evolve(self.store, run=run, expected_bytes=size)
+        self._check_room(size, nbytes(module.model.trainable_parameters()))
         if trainer.state.step == 0:
             self.store.claim()
         if others := self.store.others():
             message = "%s has %d checkpoints of another run, which stay as they are; resume=%r goes on with the newest"
             logger.warning(message, self.store.directory, len(others), str(others[-1]))
-        self._check_room(size, nbytes(module.model.trainable_parameters()))
 
     def _goes_back(self, trainer: Trainer, run: str | None) -> bool:
         """Whether it begins before the newest checkpoint of `run` on purpose: then it is another run from here on."""

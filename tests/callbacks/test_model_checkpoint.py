@@ -1,5 +1,7 @@
 import json
 import logging
+import os
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,9 @@ import pytest
 
 from mlx_trainer.callback import Callback
 from mlx_trainer.callbacks import EarlyStopping, Evaluation, LambdaCallback, ModelCheckpoint, NaNGuard
+from mlx_trainer.checkpoint import CheckpointError, CheckpointStore, step_of, verify
 from mlx_trainer.evaluation import EvalMetrics
+from mlx_trainer.manifest import run_of
 from mlx_trainer.trainer import Trainer, TrainingError
 from tests.callbacks.toy import Regression, Snapshots, batches, fit, state_bytes
 
@@ -224,6 +228,158 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tm
         Trainer(callbacks=[ModelCheckpoint(tmp_path / "file" / "run")]).fit(module, batches())
     assert caught.value.filename == str(tmp_path / "file" / "run" / "checkpoints")
     assert not hasattr(module, "model")
+
+
+def manifest_runs(directory: Path) -> dict[int, str | None]:
+    """The run of each checkpoint, by step."""
+    return {step_of(path): run_of(path) for path in sorted((directory / "checkpoints").glob("step-*"))}
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+    """Started again with "auto", or with a path into another folder, it keeps its id; a new run has another."""
+    for max_epochs in (1, 2):
+        fit([ModelCheckpoint(tmp_path / "a", every=6, keep_last=None)], max_epochs=max_epochs, resume="auto")
+    (run,) = set(manifest_runs(tmp_path / "a").values())
+    newest = tmp_path / "a" / "checkpoints" / "step-00000012"
+    fit([ModelCheckpoint(tmp_path / "b", every=6)], max_epochs=3, resume=newest)
+    fit([ModelCheckpoint(tmp_path / "c", every=6)])
+    assert manifest_runs(tmp_path / "b") == {18: run}
+    assert run is not None
+    assert len(run) == 32
+    assert manifest_runs(tmp_path / "c") != {6: run}
+
+
+def test_what_another_run_left_is_neither_used_nor_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A new run in its folder starts at step 0, says so once, and keeps its own newest ones; "auto" continues it."""
+    fit([ModelCheckpoint(tmp_path, every=6)], max_epochs=3)
+    theirs = manifest_runs(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        fit([ModelCheckpoint(tmp_path, every=2, keep_last=1)], batches(5))
+    newest = tmp_path / "checkpoints" / "step-00000018"
+    (told,) = [record.getMessage() for record in caplog.records if "callbacks" in record.name]
+    assert told == (
+        f"{tmp_path / 'checkpoints'} has 3 checkpoints of another run, which stay as they are; "
+        f"resume='{newest}' goes on with the newest"
+    )
+    assert list(manifest_runs(tmp_path)) == [5, *theirs]
+    trainer, _ = fit([ModelCheckpoint(tmp_path, every=4, keep_last=1)], batches(5), max_epochs=2, resume="auto")
+    assert manifest_runs(tmp_path).items() >= theirs.items()
+    assert (trainer.state.step, set(manifest_runs(tmp_path)) - set(theirs)) == (10, {10})
+    assert not any(record.getMessage().startswith("passing over") for record in caplog.records)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_does_not_continue_another(tmp_path: Path) -> None:
+    """Its folder is its own from its first step on, so that "auto" starts it anew and the other one is left."""
+    fit([ModelCheckpoint(tmp_path, every=6)])
+    with pytest.raises(TrainingError):
+        fit([NaNGuard(patience=1), ModelCheckpoint(tmp_path, every=6)], batches(nan_at=2))
+    trainer, _ = fit([ModelCheckpoint(tmp_path, every=None)], batches(4), resume="auto")
+    assert (trainer.state.step, list(manifest_runs(tmp_path))) == (4, [4, 6])
+
+
+def test_going_back_to_an_earlier_checkpoint_makes_another_run(tmp_path: Path) -> None:
+    """What came after it stays, and is no longer what "auto" continues; until the first save it still is."""
+    fit([ModelCheckpoint(tmp_path, every=2, keep_last=None)], batches(8))
+    folder = tmp_path / "checkpoints"
+    saving = ModelCheckpoint(tmp_path, every=3, keep_last=1)
+    stopping = LambdaCallback(on_step_start=lambda trainer, module, step: {}[step])
+    with pytest.raises(KeyError):
+        fit([stopping, saving], batches(8), resume=folder / "step-00000002")
+    assert CheckpointStore(folder).latest() == folder / "step-00000008"
+    trainer, _ = fit([saving], batches(7), resume=folder / "step-00000002")
+    assert trainer.state.step == 7
+    assert CheckpointStore(folder).latest() == folder / "step-00000007"
+    assert list(manifest_runs(tmp_path)) == [2, 4, 7, 8]
+    verify(folder / "other-step-00000006")  # it stood where this run saved its own
+    assert len(set(manifest_runs(tmp_path).values())) == 2
+
+
+def test_checkpoints_from_before_runs_had_an_id_are_continued(tmp_path: Path) -> None:
+    """They are read; what is saved from then on has an id, and they stay."""
+    fit([ModelCheckpoint(tmp_path, every=6)])
+    folder = tmp_path / "checkpoints"
+    contents = json.loads((folder / "step-00000006" / "manifest.json").read_text())
+    old = {name: contents[name] for name in ("format_version", "files")}
+    (folder / "step-00000006" / "manifest.json").write_text(json.dumps(old, indent=2) + "\n")
+    (folder / ".run").unlink()
+    trainer, _ = fit([ModelCheckpoint(tmp_path, every=6, keep_last=1)], max_epochs=2, resume="auto")
+    runs = manifest_runs(tmp_path)
+    assert (trainer.state.step, list(runs), runs[6], runs[12] is None) == (12, [6, 12], None, False)
+
+
+def test_a_second_run_in_a_folder_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    """It is told who has it; the first goes on, and lets go of it however it ends."""
+    refused, module = [], Regression()
+
+    def start_another(trainer: Any, _: Any, step: int) -> None:
+        with pytest.raises(CheckpointError, match=rf"is being written by process {os.getpid()}; wait until") as caught:
+            Trainer(callbacks=[ModelCheckpoint(tmp_path)]).fit(module, batches())
+        refused.append(caught.value)
+        raise KeyError("the first one fails")
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            fit([ModelCheckpoint(tmp_path), LambdaCallback(on_step_end=start_another)])
+    assert len(refused) == 2
+    assert not hasattr(module, "model")
+    fit([ModelCheckpoint(tmp_path)])
+    assert not (tmp_path / "checkpoints" / ".lock").exists()
+
+
+class Breaking(Callback):
+    """Puts infinity among the parameters at the end of a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_step_end(self, trainer: Any, module: Any, step: int) -> None:
+        """Break them."""
+        if step == self.at:
+            bias = module.model.layers[0].bias
+            bias[1] = float("inf")
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """The error names the first of them and the newest good checkpoint, which is the newest that is left."""
+    with pytest.raises(CheckpointError) as caught:
+        fit([Breaking(at=5), ModelCheckpoint(tmp_path, every=1, keep_last=2)])
+    folder = tmp_path / "checkpoints"
+    assert str(caught.value) == (
+        f"{folder / 'step-00000005'} was not saved: the parameter layers.0.bias in weights.safetensors is not finite; "
+        f"the newest good one is {folder / 'step-00000004'}"
+    )
+    assert steps_in(tmp_path) == [3, 4]
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_result_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    """Also where no checkpoint is saved at the end."""
+    (tmp_path / "model").mkdir()
+    with pytest.raises(CheckpointError, match=r"the parameter layers\.0\.bias in weights\.safetensors is not finite"):
+        fit([Breaking(at=6), ModelCheckpoint(tmp_path, every=4, save_at_end=False)])
+    assert list((tmp_path / "model").iterdir()) == []
+    with pytest.raises(CheckpointError, match=r"is not finite; there is no good checkpoint yet"):
+        fit([Breaking(at=1), ModelCheckpoint(tmp_path / "new", every=1)])
+
+
+def room(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """The disk has so many bytes left."""
+    usage = shutil.disk_usage("/")._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+def test_the_room_that_a_run_needs_is_known_before_step_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One checkpoint beside all those that are kept, fewer where some are there already; and the result."""
+    fit([ModelCheckpoint(tmp_path, every=2, keep_last=2)])
+    size = sum(path.stat().st_size for path in (tmp_path / "checkpoints" / "step-00000006").glob("*.safetensors"))
+    for free, resume, number in ((0, None, 3), (0, "auto", 1), (2 * size, None, 3)):
+        room(monkeypatch, free)
+        steps: list[int] = []
+        counting = LambdaCallback(on_step_end=lambda *arguments, steps=steps: steps.append(arguments[2]))
+        told = rf"has room for {free:,} bytes; this run needs [\d,]+ for {number} checkpoints of [\d,]+ bytes and the"
+        with pytest.raises(CheckpointError, match=told):
+            fit([counting, ModelCheckpoint(tmp_path, every=2, keep_last=2)], max_epochs=2, resume=resume)
+        assert steps == []
 
 
 @pytest.mark.parametrize(
