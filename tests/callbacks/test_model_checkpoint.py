@@ -271,8 +271,8 @@ def test_what_another_run_left_is_neither_used_nor_removed(tmp_path: Path, caplo
 def test_a_run_that_ended_before_its_first_checkpoint_does_not_continue_another(tmp_path: Path) -> None:
     """Its folder is its own from its first step on, so that "auto" starts it anew and the other one is left."""
     fit([ModelCheckpoint(tmp_path, every=6)])
+    saving = ModelCheckpoint(tmp_path, every=6, save_on_exception=False)
     with pytest.raises(TrainingError):
-        saving = ModelCheckpoint(tmp_path, every=6, save_on_exception=False)
         fit([NaNGuard(patience=1), saving], batches(nan_at=2))
     trainer, _ = fit([ModelCheckpoint(tmp_path, every=None)], batches(4), resume="auto")
     assert (trainer.state.step, list(manifest_runs(tmp_path))) == (4, [4, 6])
