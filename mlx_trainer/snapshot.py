@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_trainer import __version__
 from mlx_trainer.callback import Callback
 from mlx_trainer.checkpoint import FORMAT_VERSION, CheckpointError, verify
+from mlx_trainer.compressed import load_tensors
 from mlx_trainer.finite import check_finite
 from mlx_trainer.loaders import Loader, ResumableLoader
 from mlx_trainer.module import TrainerModule, check_parameters
@@ -78,10 +79,9 @@ class Snapshot:
         restore_random_state(contents["random_state"])
 
     def _read_optimizer(self, path: Path) -> None:
-        loaded = mx.load(str(path))
-        assert isinstance(loaded, dict)
-        check_parameters(dict(tree_flatten(self.optimizer.state)), loaded, str(path))
-        mx.eval(loaded)  # mx.load is lazy: read now, before the file may change
+        fresh = dict(tree_flatten(self.optimizer.state))
+        loaded = load_tensors(path, most_bytes=2 * sum(array.nbytes for array in fresh.values()) + (1 << 24))
+        check_parameters(fresh, loaded, str(path))
         self.optimizer.state = tree_unflatten(list(loaded.items()))
         self.optimizer.init(self.module.model.trainable_parameters())
 

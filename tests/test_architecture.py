@@ -11,7 +11,7 @@ PACKAGE = Path(mlx_trainer.__file__).parent
 ROOT = PACKAGE.parent
 
 # What each room may import of ours. A room is a folder or a file directly in the package.
-LEAVES = {"runtime", "monitoring", "config", "folders"}
+LEAVES = {"runtime", "monitoring", "config", "folders", "zstd"}
 CORE = {
     "trainer",
     "step",
@@ -26,6 +26,7 @@ CORE = {
     "module",
     "evaluation",
     "checkpoint",
+    "compressed",
     "finite",
     "manifest",
     "saves",
@@ -39,6 +40,8 @@ ALLOWED = {
     "traced": {"state"},
     "module": set(),
     "folders": set(),
+    "zstd": set(),
+    "compressed": {"manifest", "zstd"},
     "manifest": {"folders"},
     "finite": {"manifest"},
     "checkpoint": {"finite", "folders", "manifest"},
@@ -50,7 +53,7 @@ ALLOWED = {
     "interruption": set(),
     "loaders": set(),
     "limits": set(),
-    "snapshot": {"callback", "checkpoint", "finite", "loaders", "module", "state"},
+    "snapshot": {"callback", "checkpoint", "compressed", "finite", "loaders", "module", "state"},
     "trainer": CORE,
     "data": LEAVES,
     "models": LEAVES | {"module", "optim", "state"},
