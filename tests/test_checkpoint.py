@@ -399,6 +399,25 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_what_is_no_lock_is_not_taken_for_one(tmp_path: Path) -> None:
+    """A planted link or pipe is refused at once, and what it leads to stays as it is."""
+    store, outside = CheckpointStore(tmp_path / "here"), tmp_path / "outside"
+    store.directory.mkdir()
+    outside.write_text("outside")
+    lock = store.directory / ".lock"
+    lock.symlink_to(outside)
+    with (
+        pytest.raises(CheckpointError, match=r"\.lock cannot be locked: Too many levels"),
+        store.held(),
+    ):
+        pass
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(CheckpointError, match=r"\.lock cannot be locked: No such device"), store.held():
+        pass
+    assert outside.read_text() == "outside"
+
+
 @pytest.mark.parametrize("kill", [True, False])
 def test_a_forked_child_does_not_hold_the_folder(tmp_path: Path, kill: bool) -> None:
     """Nor does it let go of it: a worker that outlives its run must not keep the next one out."""

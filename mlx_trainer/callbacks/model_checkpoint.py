@@ -3,7 +3,7 @@
 import filecmp
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from mlx_trainer.callbacks.monitor import check_mode, improves, monitored
 from mlx_trainer.callbacks.places import place, writable_folder
 from mlx_trainer.callbacks.timing import check_every
 from mlx_trainer.checkpoint import UNKNOWN, CheckpointStore, owner, step_of, write_directory
+from mlx_trainer.compressed import compress as compress_file
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.finite import check_finite
 from mlx_trainer.module import TrainerModule
-from mlx_trainer.snapshot import can_be_frozen
+from mlx_trainer.snapshot import OPTIMIZER_FILE, can_be_frozen
 from mlx_trainer.trainer import Trainer
+from mlx_trainer.zstd import zstd
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,15 @@ class ModelCheckpoint(Callback):
     the end of the run, however it ends, except at a second Ctrl-C. A module with a `save` of its own is saved in the
     loop as with `background=False`: what else it reads, training might change meanwhile.
 
+    A run has an id, which its checkpoints carry. What another run left in the folder is not used, not counted and not
+    removed, and told once; a run that is resumed is the same run, except from an earlier checkpoint than its newest.
+    Nobody else can write into the folder meanwhile. Raises CheckpointError at the start where another run writes there,
+    or the disk has not the room that the checkpoints to be kept and a new one need; and later for a checkpoint or
+    result with parameters that are not finite, which is not written.
+
+    `compress` is a level of zstd, from 1 to 19, for the optimizer state, which is read back bit for bit. It is off, as
+    numbers of training hardly shrink: AdamW's state of LoRA adapters by 7 % at any level, at 250 MB/s.
+
     Costs one comparison a step; at a checkpoint what `perf/checkpoint_stall_us` says in the next log, and until it is
     written the memory of the trained parameters and the optimizer state once more. With `background=False` a checkpoint
     waits for the step, then writes its files and reads them back.
@@ -70,12 +81,17 @@ class ModelCheckpoint(Callback):
         save_at_end: bool = True,
         background: bool = True,
         save_on_exception: bool = True,
+        compress: int | None = None,
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"ModelCheckpoint: keep_last is {keep_last}; it must be 1 or more, or None to keep all")
         self.directory, self.every, self.keep_last = directory, check_every(every, "ModelCheckpoint"), keep_last
         self.monitor, self.mode, self.save_at_end = monitor, check_mode(mode), save_at_end
-        self.background, self.save_on_exception = background, save_on_exception
+        if compress is not None:
+            zstd()
+            if not 1 <= compress <= 19:
+                raise ValueError(f"ModelCheckpoint: compress is {compress}; it must be a level from 1 to 19, or None")
+        self.background, self.save_on_exception, self.compress = background, save_on_exception, compress
         self._store: CheckpointStore | None = None
         self._lock = ExitStack()
         self._reset()
@@ -178,10 +194,21 @@ class ModelCheckpoint(Callback):
         self._saved_step = step
         store, protect = self.store, self.best_checkpoint
         if self.background and can_be_frozen(module):
-            trainer.save_in_background(lambda write: store.save(step, write, protect))
+            trainer.save_in_background(lambda write: store.save(step, self._compressing(write), protect))
             return None
         with trainer.paused():
-            return store.save(step, trainer.write_checkpoint, protect)
+            return store.save(step, self._compressing(trainer.write_checkpoint), protect)
+
+    def _compressing(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
+        level = self.compress
+        if level is None:
+            return write
+
+        def write_less(directory: Path) -> None:
+            write(directory)
+            compress_file(directory / OPTIMIZER_FILE, level)
+
+        return write_less
 
     def on_exception(self, trainer: Trainer, module: TrainerModule, error: BaseException) -> None:
         """Save the last finished step, unless it is saved, is not finite, or nothing but the end is wanted."""

@@ -196,6 +196,23 @@ def one_file(directory: Path) -> None:
     (directory / "content").write_text("content")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+def test_what_mlx_cannot_write_is_told_too(tmp_path: Path) -> None:
+    """A module that hands MLX a path gets a RuntimeError without a number from it; the checkpoint's error names all."""
+    store = CheckpointStore(tmp_path, expected_bytes=4096)
+    old = store.save(1, one_file)
+
+    def by_path(directory: Path) -> None:
+        (directory / "weights.safetensors").symlink_to("/dev/full")
+        mx.save_safetensors(str(directory / "weights.safetensors"), {"a": mx.zeros(100)})
+
+    told = r"could not write .*step-00000002: .*Unable to write .*of it were written, .*; it takes about 4,096 bytes"
+    with pytest.raises(CheckpointError, match=told):
+        store.save(2, by_path)
+    verify(old)
+    assert [path.name for path in tmp_path.iterdir()] == [old.name]
+
+
 def test_a_disk_that_is_only_read(tmp_path: Path) -> None:
     """Is told at the start, before the model is loaded."""
     with small_disk(tmp_path / "disk", 1 << 20) as disk:

@@ -1,25 +1,14 @@
-"""The content of a file compressed with zstd, by Python's own module (3.14) or the zstandard package."""
+"""The content of a file compressed with zstd."""
 
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from mlx_trainer.data.samples.conversation import DataError
+from mlx_trainer.zstd import Decompressor, zstd
 
 CHUNK = 1 << 10
 """Bytes that are read at once: each of them can stand for 32,768, so that no file makes a part above 32 MB."""
-
-
-class Decompressor(Protocol):
-    """What both modules have for one frame; after its end, `unused_data` is what follows in the last input."""
-
-    eof: bool
-    unused_data: bytes
-
-    def decompress(self, data: bytes, /) -> bytes:
-        """The bytes that `data` adds."""
-        ...
 
 
 def zstd_parts(path: Path, file: BinaryIO) -> Iterator[bytes]:
@@ -27,28 +16,16 @@ def zstd_parts(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
     Raises EOFError where its last frame is cut.
     """
-    new_decompressor, error_type = zstd_module(path)
     try:
-        yield from decompressed(file, new_decompressor)
-    except error_type as error:
-        raise DataError(f"{path} is no valid zstd file: {error}. Compress it anew with `zstd`.") from error
-
-
-def zstd_module(path: Path) -> tuple[Callable[[], Decompressor], type[Exception]]:
-    """What makes a decompressor, and the error it raises; raises DataError where neither module is there."""
-    try:
-        module = import_module("compression.zstd")
-        return module.ZstdDecompressor, module.ZstdError
-    except ImportError:
-        pass
-    try:
-        module = import_module("zstandard")
+        module = zstd()
     except ImportError as error:
         raise DataError(
-            f"{path} is compressed with zstd, which this Python cannot read. "
-            "Install the zstandard package (pip install zstandard), use Python 3.14, or compress it with gzip."
+            f"{path} is compressed with zstd, which this Python cannot read. {error}, or compress it with gzip."
         ) from error
-    return lambda: module.ZstdDecompressor().decompressobj(), module.ZstdError
+    try:
+        yield from decompressed(file, module.new_decompressor)
+    except module.error as error:
+        raise DataError(f"{path} is no valid zstd file: {error}. Compress it anew with `zstd`.") from error
 
 
 def decompressed(file: BinaryIO, new_decompressor: Callable[[], Decompressor]) -> Iterator[bytes]:
