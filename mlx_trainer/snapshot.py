@@ -14,22 +14,19 @@ import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_trainer.callback import Callback
-from mlx_trainer.checkpoint import FORMAT_VERSION, CheckpointError, verify
-from mlx_trainer.compressed import load_tensors
+from mlx_trainer.checkpoint import FORMAT_VERSION, OPTIMIZER_FILE, CheckpointError, check_finite, load_tensors, verify
 from mlx_trainer.evaluation import EvalMetrics
-from mlx_trainer.finite import check_finite
 from mlx_trainer.loaders import Loader, ResumableLoader, place
 from mlx_trainer.module import TrainerModule, check_parameters
 from mlx_trainer.resuming import Identity
 from mlx_trainer.state import TrainingState, key_to_seed, random_key, restore_random_state
-from mlx_trainer.traced import assign
+from mlx_trainer.traced import assign, nbytes
 
 if TYPE_CHECKING:
     from mlx_trainer.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 CALLBACKS_FILE = "callbacks.safetensors"
 """Arrays of callbacks; only where one has any."""
@@ -120,7 +117,7 @@ class Snapshot:
 
     def _read_optimizer(self, path: Path) -> None:
         fresh = dict(tree_flatten(self.optimizer.state))
-        loaded = load_tensors(path, most_bytes=2 * sum(array.nbytes for array in fresh.values()) + (1 << 24))
+        loaded = load_tensors(path, most_bytes=2 * nbytes(fresh) + (1 << 24))
         check_parameters(fresh, loaded, str(path))
         if {"learning_rate", "all"} & set(self.allowed) and "learning_rate" in fresh:
             loaded["learning_rate"] = fresh["learning_rate"]  # a constant one is a part of the state

@@ -57,6 +57,11 @@ def leaves(tree: Any) -> list[Any]:
     return [leaf for part in tree for leaf in leaves(part)]
 
 
+def nbytes(tree: Any) -> int:
+    """The bytes of all arrays in a tree."""
+    return sum(leaf.nbytes for leaf in leaves(tree) if isinstance(leaf, mx.array))
+
+
 def copied(tree: Any) -> Any:
     """The same arrays in new containers."""
     return tree_map(lambda leaf: leaf, tree)

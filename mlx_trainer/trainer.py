@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_trainer import loaders
 from mlx_trainer.callback import Callback, Events
+from mlx_trainer.checkpoint import Saves
 from mlx_trainer.evaluation import EvalMetrics, EvaluationStep, Metric, predictions
 from mlx_trainer.failure import TrainingError as TrainingError
 from mlx_trainer.failure import memory_explained
@@ -22,7 +23,6 @@ from mlx_trainer.loaders import DataSource, Loader
 from mlx_trainer.module import TrainerModule
 from mlx_trainer.result import TrainingResult as TrainingResult
 from mlx_trainer.rollback import Rollbacks
-from mlx_trainer.saves import Saves
 from mlx_trainer.snapshot import Snapshot
 from mlx_trainer.state import TrainingState
 from mlx_trainer.step import StepOutput, TrainStep

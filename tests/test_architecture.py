@@ -30,10 +30,6 @@ CORE = {
     "module",
     "evaluation",
     "checkpoint",
-    "compressed",
-    "finite",
-    "manifest",
-    "saves",
 }
 ALLOWED = {
     "config": set(),
@@ -47,11 +43,7 @@ ALLOWED = {
     "module": set(),
     "folders": set(),
     "zstd": set(),
-    "compressed": {"manifest", "zstd"},
-    "manifest": {"folders", "safetensors_file"},
-    "finite": {"manifest"},
-    "checkpoint": {"finite", "folders", "manifest"},
-    "saves": set(),
+    "checkpoint": {"folders", "safetensors_file", "zstd"},
     "callback": {"traced"} | {"evaluation", "module", "step", "trainer"},  # the latter for their types only
     "evaluation": {"state", "traced", "module"} | LEAVES,
     "step": {"failure", "module", "traced"},
@@ -63,8 +55,7 @@ ALLOWED = {
     "loaders": set(),
     "limits": set(),
     "resuming": {"checkpoint", "traced"} | {"loaders", "trainer"},  # the latter for their types only
-    "snapshot": {"callback", "checkpoint", "compressed", "evaluation", "finite", "loaders", "module", "resuming"}
-    | {"state", "traced"}
+    "snapshot": {"callback", "checkpoint", "evaluation", "loaders", "module", "resuming", "state", "traced"}
     | {"trainer"},  # for its type only
     "trainer": CORE,
     "data": LEAVES,

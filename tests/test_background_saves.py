@@ -20,9 +20,9 @@ from mlx_trainer import (
     ModelCheckpoint,
     Trainer,
     TrainerModule,
-    checkpoint,
 )
 from mlx_trainer.checkpoint import CheckpointError, CheckpointStore, verify
+from mlx_trainer.checkpoint import store as checkpoint
 from mlx_trainer.snapshot import own_containers
 from tests.models.batches import labelled
 from tests.tiny import tiny_mistral

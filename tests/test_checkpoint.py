@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mlx_trainer.checkpoint import MANIFEST, CheckpointError, CheckpointStore, verify
-from mlx_trainer.manifest import LARGEST, as_text, digest, run_of
+from mlx_trainer.checkpoint.manifest import LARGEST, as_text, digest, run_of
 
 ROOT = str(Path(__file__).parent.parent)
 

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_trainer import ModelCheckpoint, Trainer
 from mlx_trainer.checkpoint import CheckpointError, CheckpointStore
-from mlx_trainer.compressed import compress, load_tensors
+from mlx_trainer.checkpoint.compressed import compress, load_tensors
 from tests.toy import ToyLoader, ToyModule, toy_batches
 
 LIMIT = 1 << 20

@@ -2,33 +2,26 @@
 
 import filecmp
 import logging
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-from attrs import asdict, evolve, frozen
-from mlx.utils import tree_flatten
+from attrs import asdict, frozen
 
 from mlx_trainer.callback import Callback
 from mlx_trainer.callbacks.monitor import check_mode, improves, monitored
 from mlx_trainer.callbacks.places import place, writable_folder
 from mlx_trainer.callbacks.timing import check_every
-from mlx_trainer.checkpoint import UNKNOWN, CheckpointStore, owner, step_of, write_directory
-from mlx_trainer.compressed import compress as compress_file
+from mlx_trainer.checkpoint import CheckpointStore, check_finite, same_run, write_directory
 from mlx_trainer.evaluation import EvalMetrics
-from mlx_trainer.finite import check_finite
 from mlx_trainer.module import TrainerModule
-from mlx_trainer.snapshot import OPTIMIZER_FILE, can_be_frozen
+from mlx_trainer.snapshot import can_be_frozen
+from mlx_trainer.traced import nbytes
 from mlx_trainer.trainer import Trainer
 from mlx_trainer.zstd import zstd
 
 logger = logging.getLogger(__name__)
-
-SMALL_FILES = 1 << 16
-"""Bytes for the position, the configuration and the manifest, which take some kilobytes."""
 
 
 @frozen
@@ -127,7 +120,7 @@ class ModelCheckpoint(Callback):
         self._fitting = stage == "fit"
         if self._fitting:
             folder = place(self.directory, trainer, "", "ModelCheckpoint") / "checkpoints"
-            self._store = CheckpointStore(writable_folder(folder), self.keep_last)
+            self._store = CheckpointStore(writable_folder(folder), self.keep_last, compress=self.compress)
             self._reset()
             self._lock.enter_context(self._store.held())
 
@@ -136,34 +129,16 @@ class ModelCheckpoint(Callback):
 
         A restored best one that is in another folder, or removed, is forgotten: it cannot be kept.
         """
-        origin = self._found if trainer.resume == "auto" else trainer.resume
-        run = owner(Path(origin)) if origin and trainer.state.step else None
-        path = self.best_checkpoint
-        if self.best is not None and (path is None or owner(path) != run):
+        chosen = trainer.resume not in (None, "auto")
+        begin = (Path(str(trainer.resume)) if chosen else self._found) if trainer.state.step else None
+        if self.best is not None and not same_run(self.best_checkpoint, begin):
             logger.warning("the best checkpoint so far, of step %d, is not in %s", self.best.step, self.store.directory)
             self.best = None
         self._saved_step = trainer.state.step  # what a run begins with need not be saved
-        if run in (None, UNKNOWN) or self._goes_back(trainer, run):
-            run = uuid.uuid4().hex
-        size = nbytes(module.model.trainable_parameters()) + nbytes(trainer.optimizer.state) + SMALL_FILES
-        self._store = evolve(self.store, run=run, expected_bytes=size)
-        self._check_room(size, nbytes(module.model.trainable_parameters()))
-        if trainer.state.step == 0:
-            self.store.claim()
-        if others := self.store.others():
-            message = "%s has %d checkpoints of another run, which stay as they are; resume=%r goes on with the newest"
-            logger.warning(message, self.store.directory, len(others), str(others[-1]))
-
-    def _goes_back(self, trainer: Trainer, run: str | None) -> bool:
-        """Whether it begins before the newest checkpoint of `run` on purpose: then it is another run from here on."""
-        steps = map(step_of, evolve(self.store, run=run).list())
-        return trainer.resume != "auto" and max(steps, default=0) > trainer.state.step
-
-    def _check_room(self, checkpoint: int, result: int) -> None:
-        """Raise CheckpointError where the disk cannot hold the checkpoints that are kept and the one being written."""
-        most = (self.keep_last or 2) + (self.monitor is not None) + 1
-        new = max(1, most - len(self.store.list()))
-        self.store.check_room(new * checkpoint + result, f"{new} checkpoints of {checkpoint:,} bytes and the result")
+        sizes = nbytes(module.model.trainable_parameters()), nbytes(trainer.optimizer.state)
+        store = self.store.of_run(begin, trainer.state.step, chosen=chosen)
+        self._store = store.expecting(*sizes, best=self.monitor is not None)
+        self._store.begin(trainer.state.step)
 
     def on_step_end(self, trainer: Trainer, module: TrainerModule, step: int) -> None:
         """Ask, at each step that `every` names."""
@@ -194,21 +169,10 @@ class ModelCheckpoint(Callback):
         self._saved_step = step
         store, protect = self.store, self.best_checkpoint
         if self.background and can_be_frozen(module):
-            trainer.save_in_background(lambda write: store.save(step, self._compressing(write), protect))
+            trainer.save_in_background(lambda write: store.save(step, write, protect))
             return None
         with trainer.paused():
-            return store.save(step, self._compressing(trainer.write_checkpoint), protect)
-
-    def _compressing(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
-        level = self.compress
-        if level is None:
-            return write
-
-        def write_less(directory: Path) -> None:
-            write(directory)
-            compress_file(directory / OPTIMIZER_FILE, level)
-
-        return write_less
+            return store.save(step, trainer.write_checkpoint, protect)
 
     def on_exception(self, trainer: Trainer, module: TrainerModule, error: BaseException) -> None:
         """Save the last finished step, unless it is saved, is not finite, or nothing but the end is wanted."""
@@ -257,8 +221,3 @@ def same_files(folder: Path, other: Path | None) -> bool:
     files = [path for path in folder.glob("*") if path.is_file()]
     pairs = [(path, other / path.name) for path in files] if other is not None else []
     return bool(pairs) and all(twin.is_file() and filecmp.cmp(path, twin, shallow=False) for path, twin in pairs)
-
-
-def nbytes(tree: Any) -> int:
-    """The bytes of all arrays in a tree."""
-    return sum(array.nbytes for array in dict(tree_flatten(tree)).values() if isinstance(array, mx.array))

@@ -14,8 +14,8 @@ import pytest
 from mlx_trainer.callback import Callback
 from mlx_trainer.callbacks import EarlyStopping, Evaluation, LambdaCallback, ModelCheckpoint, NaNGuard
 from mlx_trainer.checkpoint import CheckpointError, CheckpointStore, step_of, verify
+from mlx_trainer.checkpoint.manifest import run_of
 from mlx_trainer.evaluation import EvalMetrics
-from mlx_trainer.manifest import run_of
 from mlx_trainer.trainer import Trainer, TrainingError
 from tests.callbacks.toy import Regression, Snapshots, batches, fit, state_bytes
 
@@ -256,7 +256,7 @@ def test_what_another_run_left_is_neither_used_nor_removed(tmp_path: Path, caplo
     with caplog.at_level(logging.WARNING):
         fit([ModelCheckpoint(tmp_path, every=2, keep_last=1)], batches(5))
     newest = tmp_path / "checkpoints" / "step-00000018"
-    (told,) = [record.getMessage() for record in caplog.records if "callbacks" in record.name]
+    (told,) = [record.getMessage() for record in caplog.records if "store" in record.name]
     assert told == (
         f"{tmp_path / 'checkpoints'} has 3 checkpoints of another run, which stay as they are; "
         f"resume='{newest}' goes on with the newest"

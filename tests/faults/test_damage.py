@@ -17,7 +17,7 @@ import pytest
 
 from mlx_trainer import ModelCheckpoint, Trainer
 from mlx_trainer.checkpoint import MANIFEST, CheckpointError, CheckpointStore, verify
-from mlx_trainer.manifest import as_text, digest, facts
+from mlx_trainer.checkpoint.manifest import as_text, digest, facts
 from tests.faults.conftest import Tell
 from tests.toy import ToyLoader, ToyModule, toy_batches
 

@@ -192,7 +192,7 @@ def test_an_error_of_the_save_hides_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlx_trainer.checkpoint.seal", full)
+    monkeypatch.setattr("mlx_trainer.checkpoint.store.seal", full)
     with caplog.at_level(logging.ERROR), pytest.raises(Deliberate, match="in on_step_end"):
         fit(tmp_path, Breaks("on_step_end", 4))
 

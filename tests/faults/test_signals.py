@@ -28,7 +28,7 @@ SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
 from mlx_trainer import Callback, Evaluation, ModelCheckpoint, NaNGuard, ProgressBar, SampleGenerator, Trainer
-from mlx_trainer import checkpoint
+from mlx_trainer.checkpoint import store as checkpoint
 from mlx_trainer.state import random_state
 from tests.toy import ToyLoader, ToyModule, toy_batches, weights
 

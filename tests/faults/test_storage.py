@@ -270,7 +270,7 @@ def test_a_folder_that_is_removed_meanwhile(tmp_path: Path) -> None:
 def test_ending_at_once_leaves_no_half(tmp_path: Path) -> None:
     """A process that is terminated while the thread writes: what is there is whole."""
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom mlx_trainer import checkpoint\n"
+        "import sys, time\nfrom pathlib import Path\nfrom mlx_trainer.checkpoint import store as checkpoint\n"
         "from tests.faults.test_storage import fit\nseal = checkpoint.seal\n"
         "def slow(*arguments):\n    print('sealing', flush=True)\n    time.sleep(30)\n    seal(*arguments)\n"
         "checkpoint.seal = slow\nfit(Path(sys.argv[1]), 2)\n"

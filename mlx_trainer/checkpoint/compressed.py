@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import safetensors
 
-from mlx_trainer.manifest import CheckpointError
+from mlx_trainer.checkpoint.manifest import CheckpointError
 from mlx_trainer.zstd import zstd
 
 SUFFIX = ".zst"

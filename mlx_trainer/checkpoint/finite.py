@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_trainer.manifest import CheckpointError
+from mlx_trainer.checkpoint.manifest import CheckpointError
 
 EXPONENTS = {
     "F16": (np.uint16, 0x7C00),
