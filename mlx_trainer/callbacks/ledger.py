@@ -1,18 +1,15 @@
 """Which rows each step was trained on."""
 
 import logging
-from pathlib import Path
 
-from mlx_trainer.callback import Callback
-from mlx_trainer.callbacks.places import lines_up_to, place, writable_folder
+from mlx_trainer.callbacks.lines import LinesLogger
 from mlx_trainer.module import TrainerModule
-from mlx_trainer.monitoring.files import JsonLines
 from mlx_trainer.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-class Ledger(Callback):
+class Ledger(LinesLogger):
     """Appends a JSON line for each step to `path`, else to `ledger.jsonl` in the run folder: its rows, as proof.
 
         {"step": 7, "epoch": 0, "rows": ["chats.jsonl:12", "chats.jsonl:31"]}
@@ -27,23 +24,14 @@ class Ledger(Callback):
     few milliseconds; and on the disk about 20 bytes for each row that is trained.
     """
 
-    phase = "logger"
-
-    def __init__(self, path: str | Path | None = None) -> None:
-        self.path = path
-        self._lines: JsonLines | None = None
-
-    def setup(self, trainer: Trainer, module: TrainerModule, stage: str) -> None:
-        """Refuse a folder that cannot be written before anything is loaded."""
-        if stage == "fit":
-            writable_folder(self._path(trainer).parent)
+    file_name = "ledger.jsonl"
 
     def on_fit_start(self, trainer: Trainer, module: TrainerModule) -> None:
-        """Open the file at the step where the run begins."""
-        step = trainer.state.step
-        self._lines, last = lines_up_to(self._path(trainer), step)
+        """Open the file at the step where the run begins; tell where its lines end before that."""
+        super().on_fit_start(trainer, module)
+        step, last = trainer.state.step, self._last_step
         if last != step:
-            logger.warning("%s ends at step %d, but the run goes on after step %d", self._path(trainer), last, step)
+            logger.warning("%s ends at step %d, but the run goes on after step %d", self._place(trainer), last, step)
 
     def on_step_end(self, trainer: Trainer, module: TrainerModule, step: int) -> None:
         """Write the rows."""
@@ -57,12 +45,3 @@ class Ledger(Callback):
         """Have the lines on the disk before the checkpoint that builds on them."""
         if self._lines is not None:
             self._lines.sync()
-
-    def teardown(self, trainer: Trainer, module: TrainerModule, stage: str) -> None:
-        """Close the file."""
-        if self._lines is not None:
-            self._lines.close()
-            self._lines = None
-
-    def _path(self, trainer: Trainer) -> Path:
-        return place(self.path, trainer, "ledger.jsonl", "Ledger")

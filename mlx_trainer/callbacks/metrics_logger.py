@@ -2,17 +2,14 @@
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
-from mlx_trainer.callback import Callback
-from mlx_trainer.callbacks.places import lines_up_to, place, writable_folder
+from mlx_trainer.callbacks.lines import LinesLogger
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.module import TrainerModule
-from mlx_trainer.monitoring.files import JsonLines
 from mlx_trainer.trainer import Trainer
 
 
-class MetricsLogger(Callback):
+class MetricsLogger(LinesLogger):
     """Appends one JSON object per log and per evaluation to `path`, else to `metrics.jsonl` in the run folder.
 
     A line has `step`, `epoch` (as a fraction: 1.5 is the middle of the second), `time` (seconds in `fit`, over all
@@ -23,20 +20,11 @@ class MetricsLogger(Callback):
     Costs nothing between log points; at one, a line handed to the operating system, about 60 µs.
     """
 
-    phase = "logger"
-
-    def __init__(self, path: str | Path | None = None) -> None:
-        self.path = path
-        self._lines: JsonLines | None = None
-
-    def setup(self, trainer: Trainer, module: TrainerModule, stage: str) -> None:
-        """Refuse a folder that cannot be written before anything is loaded."""
-        if stage == "fit":
-            writable_folder(self._path(trainer).parent)
+    file_name = "metrics.jsonl"
 
     def on_fit_start(self, trainer: Trainer, module: TrainerModule) -> None:
         """Open the file at the step where the run begins."""
-        self._lines, _ = lines_up_to(self._path(trainer), trainer.state.step)
+        super().on_fit_start(trainer, module)
         self._started = time.perf_counter() - trainer.state.seconds
 
     def on_log(self, trainer: Trainer, module: TrainerModule, step: int, metrics: dict[str, float]) -> None:
@@ -46,15 +34,6 @@ class MetricsLogger(Callback):
     def on_evaluation_end(self, trainer: Trainer, module: TrainerModule, step: int, metrics: EvalMetrics) -> None:
         """Write what was measured on held-out rows."""
         self._write(trainer, step, metrics.as_dict())
-
-    def teardown(self, trainer: Trainer, module: TrainerModule, stage: str) -> None:
-        """Close the file."""
-        if self._lines is not None:
-            self._lines.close()
-            self._lines = None
-
-    def _path(self, trainer: Trainer) -> Path:
-        return place(self.path, trainer, "metrics.jsonl", "MetricsLogger")
 
     def _write(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
         if self._lines is not None:  # not in trainer.validate, which returns its metrics
