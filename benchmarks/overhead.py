@@ -29,6 +29,7 @@ import numpy as np
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # waiting threads spin, and would count as work
 
 import mlx_trainer as mt
+from mlx_trainer.traced import from_tree, shape_key, to_tree
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NEVER = 10**9
@@ -62,9 +63,9 @@ def raw(module: mt.TrainerModule, batches: Clocked, ahead: bool) -> None:
     optimizer.init(module.model.trainable_parameters())
     state: list[Any] = [module.model.state, optimizer.state, mx.random.state]
 
-    def update(arrays: dict[str, mx.array]) -> mx.array:
+    def update(tree: Any) -> mx.array:
         def mean_loss(_: nn.Module) -> mx.array:
-            output = module.training_loss(Arrays(arrays))
+            output = module.training_loss(from_tree(tree))
             return output.total / output.weight
 
         loss, gradients = nn.value_and_grad(module.model, mean_loss)(module.model)
@@ -73,21 +74,10 @@ def raw(module: mt.TrainerModule, batches: Clocked, ahead: bool) -> None:
 
     step, previous = mx.compile(update, inputs=state, outputs=state), None
     for batch in batches:
-        loss = step(batch if isinstance(batch, dict) else arrays_of(batch))
+        loss = step(to_tree(batch))
         mx.async_eval(loss, state)
         mx.eval(previous if ahead and previous is not None else loss)
         previous = loss
-
-
-class Arrays(dict[str, mx.array]):
-    """A dict whose items are attributes too, so that one loss serves both loops."""
-
-    __getattr__ = dict.__getitem__
-
-
-def arrays_of(batch: mt.Batch) -> dict[str, mx.array]:
-    """What a loop written by hand would give to its step."""
-    return {name: mx.array(getattr(batch, name)) for name in ("input_ids", "attention_mask", "labels")}
 
 
 # A tiny model.
@@ -164,9 +154,10 @@ def quickstart_loops(steps: int, folder: Path, clock: Callable[[], float]) -> Lo
         lora = mt.LoRAConfig(rank=16, alpha=32, dropout=0.0, target_modules=linears)
         return mt.MistralLoRAModule(folder, lora=lora, dtype="float32", max_seq_length=128, learning_rate=3e-3)
 
-    data = mt.DataPipeline(folder / "chats.jsonl", module().tokenizer, batch_size=8, max_seq_length=128)
+    layout = module().batch_layout
+    data = mt.DataPipeline(folder / "chats.jsonl", module().tokenizer, batch_size=8, max_seq_length=128, layout=layout)
     shuffled, held_out = list(data.train_loader())[:steps], list(data.validation_loader() or [])
-    first = list({batch.input_ids.shape: batch for batch in shuffled}.values())
+    first = list({shape_key(to_tree(batch)): batch for batch in shuffled}.values())
     batches = [*first, *shuffled]  # every shape is compiled before the clock counts
 
     def callbacks() -> list[mt.Callback]:
