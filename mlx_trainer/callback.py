@@ -23,7 +23,7 @@ One step is one optimizer update; micro-batches are not events. A run is:
 
 The device is kept busy: the log of step k is read after step k+1 was dispatched, so `on_log(k)` comes after
 `on_step_dispatched(k+1)`, unless an evaluation, a checkpoint or the end of an epoch is due at step k, which read it at
-once.
+once. A checkpoint is a log point, also between two of them.
 
 Callbacks ask, the trainer acts: `trainer.request_stop(reason)`, `request_evaluation()`, `request_checkpoint()`,
 `request_rollback(reason)`.
