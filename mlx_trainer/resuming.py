@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from mlx_trainer import __version__
 from mlx_trainer.checkpoint import CheckpointError
-from mlx_trainer.traced import leaves
+from mlx_trainer.traced import UNSIGNED, leaves
 
 if TYPE_CHECKING:
     from mlx_trainer.loaders import Loader
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 VERSIONS = {"mlx": version("mlx"), "mlx_trainer": __version__}
 """The same numbers, bit for bit, are promised for the same ones."""
-UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 @runtime_checkable

@@ -1,5 +1,6 @@
 """One optimizer update: its gradient, its guard, and what it leaves behind when something fails."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_trainer import LossOutput
 from mlx_trainer.step import StepContext, TrainStep, global_norm
+from mlx_trainer.traced import nonfinite
 from tests.toy import ToyBatch, ToyModule, toy_batches, weights, with_nan
 
 
@@ -194,6 +196,16 @@ def test_the_global_norm_is_computed_in_float32() -> None:
     assert norm.dtype == mx.float32
     assert norm.item() == pytest.approx(expected, rel=1e-6)
     assert global_norm({"small": gradients["b"]}).item() == pytest.approx(0.2, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_what_is_not_finite_is_named(dtype: mx.Dtype) -> None:
+    """NaN and both infinities, in arrays of any size; the largest finite number is none, nor are integers."""
+    largest = {mx.float16: 65504.0, mx.bfloat16: 3.38e38, mx.float32: 3.4e38}[dtype]
+    values = {"usual": [1.0, -2.0, 0.0], "largest": [[largest], [-largest]], "none": []}
+    bad = {"nan": [0.0, math.nan], "inf": math.inf, "-inf": [[-math.inf, 1.0]]}
+    tree = {name: mx.array(value, dtype) for name, value in (values | bad).items()}
+    assert nonfinite([tree, {"integers": mx.array([2**31 - 1])}]) == [f"0.{name}" for name in bad]
 
 
 def test_half_precision_parameters_keep_their_type() -> None:
