@@ -37,7 +37,9 @@ _set_here: dict[str, str | None] = {}
 def prepare() -> None:
     """Set up what has to be right before MLX computes; called by `import mlx_trainer`, and idempotent.
 
-    On a Linux CPU `mlx.core` is imported and gets an optimized BLAS (about 5 ms more than the import, see `_blas.py`).
+    On a Linux CPU `mlx.core` is imported and gets an optimized BLAS (about 5 ms more than the import, see `_blas.py`),
+    with one thread less than there are CPUs, at least one: its threads wait for each other without sleeping, so that
+    where another program wants a CPU, all of them together make a step several times as long (docs/benchmark.md).
     On CUDA, MLX is told to queue smaller command buffers, which nearly halved a training step's memory for 1.5 % of
     its time; MLX reads that variable once, at its first use. Where others could plant kernels in MLX's folder, the
     temporary folder of this process becomes one that is the user's own (`_kernels.py`).
@@ -54,7 +56,7 @@ def prepare() -> None:
     elif not _report:
         import mlx.core  # noqa: F401  (the library whose calls are redirected)
 
-        _report = _blas.load(available_cpus())
+        _report = _blas.load(max(available_cpus() - 1, 1))
 
 
 def foreign_environment() -> dict[str, str]:

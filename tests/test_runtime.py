@@ -85,14 +85,14 @@ def test_the_order_of_imports_does_not_matter() -> None:
 
 
 @on_linux_cpu
-def test_threads_are_the_available_cpus_or_what_the_environment_says() -> None:
+def test_threads_are_one_less_than_the_cpus_or_what_the_environment_says() -> None:
     """One CPU of affinity gives one thread, and the environment's number outranks that of the CPUs."""
     one_cpu = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
     assert run(one_cpu + PREPARE)[0].endswith(", 1 thread")
-    two_cpus = "import os; os.sched_getaffinity = lambda process: {0, 1}\n"
-    assert run(two_cpus + PREPARE)[0].endswith(", 2 threads")
-    assert run(two_cpus + PREPARE, OPENBLAS_NUM_THREADS="1")[0].endswith(", 1 thread")
-    assert run(two_cpus + PREPARE, OMP_NUM_THREADS="1")[0].endswith(", 1 thread")
+    three_cpus = "import os; os.sched_getaffinity = lambda process: {0, 1, 2}\n"
+    assert run(three_cpus + PREPARE)[0].endswith(", 2 threads")
+    assert run(three_cpus + PREPARE, OPENBLAS_NUM_THREADS="3")[0].endswith(", 3 threads")
+    assert run(three_cpus + PREPARE, OMP_NUM_THREADS="1")[0].endswith(", 1 thread")
 
 
 @on_linux_cpu
