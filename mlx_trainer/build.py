@@ -16,7 +16,6 @@ from mlx_trainer.callbacks import (
     EarlyStopping,
     Evaluation,
     GradientClipping,
-    LambdaCallback,
     Ledger,
     LossSpike,
     MemoryMonitor,
@@ -27,31 +26,29 @@ from mlx_trainer.callbacks import (
     SampleGenerator,
     TensorBoardLogger,
 )
-from mlx_trainer.config import Config, ConfigError, DataConfig, LoRAConfig, ModelConfig, to_yaml, unwise
-from mlx_trainer.data import DataPipeline, DataReport, render, report_on, show_examples
+from mlx_trainer.config import Config, ConfigError, DataConfig, LoRAConfig, ModelConfig, unwise
+from mlx_trainer.data import DataPipeline, DataReport, render, report_on
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
 from mlx_trainer.models.hf_config import read_json
-from mlx_trainer.module import TrainerModule
 from mlx_trainer.monitoring import (
-    MonitoringError,
     make_folder,
-    mask_secrets,
     setup_logging,
-    stderr_console,
-    write_atomic,
-    write_environment,
-    write_report,
 )
-from mlx_trainer.run_folder import check_run_directory, run_directory
+from mlx_trainer.run_folder import (
+    check_run_directory,
+    description,
+    leave_report,
+    refuse_secrets,
+    run_directory,
+    tell,
+)
 from mlx_trainer.trainer import Trainer, TrainingResult
 
 log = logging.getLogger("mlx_trainer.build")
 
 EXAMPLES = 2
 """Training rows that are shown before a training, and kept in its folder."""
-SHOWN_CHARACTERS, KEPT_CHARACTERS = 1_000, 10_000
-"""How much of each."""
 
 
 def train(config: Config) -> TrainingResult:
@@ -80,52 +77,6 @@ def train(config: Config) -> TrainingResult:
         finally:
             if trainer.step_output is not None or not (run_dir / "report.html").exists():
                 leave_report(run_dir)
-
-
-def description(config: Config, module: CausalLMModule, report: DataReport) -> Callback:
-    """Return what writes `config` and the environment into the run folder once it is sure that steps will be taken.
-
-    A resume that is refused, or has nothing left to do, leaves what the folder says of the run as it is.
-    """
-
-    def describe(trainer: Trainer, _: TrainerModule, epoch: int) -> None:
-        if trainer.run_dir is not None and trainer.step_output is None:
-            write_atomic(trainer.run_dir / "config.yaml", to_yaml(config))
-            facts = {"model": module.base_facts(), "data": kept(report).as_dict()}
-            write_environment(trainer.run_dir, seed=config.data.seed, **facts)
-
-    return LambdaCallback("describing", on_epoch_start=describe)
-
-
-def refuse_secrets(config: Config) -> None:
-    """Raise ConfigError where `config`, which the run folder and each checkpoint keep, holds an access token."""
-    lines = to_yaml(config).splitlines()
-    if wrong := [line for line in lines if mask_secrets(line) != line]:
-        raise ConfigError(
-            f"the configuration holds an access token ({mask_secrets(wrong[0]).strip()}), and would be kept with the "
-            "run; take it out, and give it in the environment, such as HF_TOKEN"
-        )
-
-
-def leave_report(run_dir: Path) -> None:
-    """Write the run's report.html, however the run ended; that it cannot be written is told, and hides no error."""
-    try:
-        write_report(run_dir)
-    except MonitoringError as error:
-        log.warning("%s", error)
-
-
-def tell(report: DataReport) -> None:
-    """Log the figures that the pipeline has not, and show the first rows on stderr, where no log file gets them."""
-    for line in report.epoch_lines():
-        log.info("%s", line)
-    show_examples([row.changed(mask_secrets).shortened(SHOWN_CHARACTERS) for row in report.examples], stderr_console())
-
-
-def kept(report: DataReport) -> DataReport:
-    """The report as it is written into the run folder: without access tokens, and with no row of unbounded length."""
-    examples = tuple(row.changed(mask_secrets).shortened(KEPT_CHARACTERS) for row in report.examples)
-    return evolve(report, examples=examples)
 
 
 def inspect(config: Config, rows: int = 2) -> DataReport:

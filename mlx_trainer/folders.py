@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import filecmp
 import os
 import shutil
 import stat
@@ -122,3 +123,10 @@ def discard(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def same_files(folder: Path, other: Path | None) -> bool:
+    """Whether `other` has every file of `folder`, byte for byte, and `folder` has one at least."""
+    files = [path for path in folder.glob("*") if path.is_file()]
+    pairs = [(path, other / path.name) for path in files] if other is not None else []
+    return bool(pairs) and all(twin.is_file() and filecmp.cmp(path, twin, shallow=False) for path, twin in pairs)

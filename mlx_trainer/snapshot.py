@@ -108,25 +108,24 @@ class Snapshot:
     def _restore(self, directory: Path, contents: Mapping[str, Any]) -> None:
         """All in place: a compiled step may have captured it."""
         try:
-            self.module.load(directory)
-            self._read_optimizer(directory / OPTIMIZER_FILE)
+            optimizer = self._loaded_optimizer(directory / OPTIMIZER_FILE)
+            self.module.load(directory)  # changes nothing where it does not fit
         except ValueError as error:
             raise CheckpointError(f"cannot resume from {directory}: {error}") from error
+        assign(self.optimizer.state, optimizer)
         self._read_arrays(directory / CALLBACKS_FILE)
         restore_random_state(contents["random_state"])
 
-    def _read_optimizer(self, path: Path) -> None:
+    def _loaded_optimizer(self, path: Path) -> Any:
         fresh = dict(tree_flatten(self.optimizer.state))
         loaded = load_tensors(path, most_bytes=2 * nbytes(fresh) + (1 << 24))
         check_parameters(fresh, loaded, str(path))
         if {"learning_rate", "all"} & set(self.allowed) and "learning_rate" in fresh:
             loaded["learning_rate"] = fresh["learning_rate"]  # a constant one is a part of the state
-        assign(self.optimizer.state, tree_unflatten(list(loaded.items())))
+        return tree_unflatten(list(loaded.items()))
 
     def _read_arrays(self, path: Path) -> None:
-        loaded = mx.load(str(path)) if path.exists() else {}
-        assert isinstance(loaded, dict)
-        mx.eval(loaded)
+        loaded = load_tensors(path) if path.exists() else {}
         current = dict(tree_flatten(self.arrays))
         fitting = {name: a for name, a in loaded.items() if name in current and fits(a, current[name])}
         if fitting.keys() != current.keys() | loaded.keys():

@@ -62,7 +62,7 @@ ALLOWED = {
     "models": LEAVES | {"module", "optim", "state"},
     "optim": LEAVES,
     "callbacks": LEAVES | CORE,
-    "run_folder": {"checkpoint", "config"},
+    "run_folder": CORE | LEAVES | {"callbacks", "data", "models"},
     "build": CORE | LEAVES | {"run_folder", "callbacks", "data", "models", "optim"},
     "benchmarking": CORE | LEAVES | {"_blas", "build", "data", "models"},
     "replaying": CORE | LEAVES | {"build", "data", "models"},

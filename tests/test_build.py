@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_trainer import build, cli
+from mlx_trainer import build, cli, run_folder
 from mlx_trainer.checkpoint import CheckpointError
 from mlx_trainer.config import Config, ConfigError, LoRAConfig, ModelConfig, load_config
 from mlx_trainer.config.keys import keys
@@ -258,7 +258,7 @@ def test_a_report_is_left_however_a_run_ends(
     with pytest.raises(TrainingError, match="not finite"):
         build.train(config(run__directory="runs/one"))
     assert Path("runs/one/report.html").exists()
-    build.leave_report(tmp_path / "absent")
+    run_folder.leave_report(tmp_path / "absent")
     assert "there is no run folder" in caplog.text
 
 

@@ -1,6 +1,5 @@
 """Checkpoints, and the finished result."""
 
-import filecmp
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from mlx_trainer.callbacks.places import place, writable_folder
 from mlx_trainer.callbacks.timing import check_every
 from mlx_trainer.checkpoint import CheckpointStore, check_finite, same_run, write_directory
 from mlx_trainer.evaluation import EvalMetrics
+from mlx_trainer.folders import same_files
 from mlx_trainer.module import TrainerModule
 from mlx_trainer.snapshot import can_be_frozen
 from mlx_trainer.traced import nbytes
@@ -214,10 +214,3 @@ class ModelCheckpoint(Callback):
         """Go on from there, unless it is another metric's."""
         if state["monitor"] == self.monitor:
             self.best = Best(**state["best"])
-
-
-def same_files(folder: Path, other: Path | None) -> bool:
-    """Whether `other` has every file of `folder`, byte for byte, and `folder` has one at least."""
-    files = [path for path in folder.glob("*") if path.is_file()]
-    pairs = [(path, other / path.name) for path in files] if other is not None else []
-    return bool(pairs) and all(twin.is_file() and filecmp.cmp(path, twin, shallow=False) for path, twin in pairs)

@@ -25,7 +25,7 @@ def compress(path: Path, level: int) -> None:
     path.with_name(path.name + SUFFIX).write_bytes(content)
 
 
-def load_tensors(path: Path, most_bytes: int) -> dict[str, Any]:
+def load_tensors(path: Path, most_bytes: int = 0) -> dict[str, Any]:
     """The arrays of a safetensors file, or of the compressed one in its place; evaluated, as `mx.load` is lazy.
 
     Raises CheckpointError where the compressed one is damaged, holds more than `most_bytes`, or cannot be read by this

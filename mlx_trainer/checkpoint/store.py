@@ -117,7 +117,20 @@ class CheckpointStore:
 
         Raises CheckpointError where checkpoints exist and all are damaged: starting over would hide the loss.
         """
-        paths = self.list()
+        newest = self.newest_good(self.list())
+        if newest is None and (paths := self.list()):
+            raise CheckpointError(
+                f"all {len(paths)} checkpoints in {self.directory} are damaged; move them away to start over"
+            )
+        return newest
+
+    def before(self, step: int) -> Path | None:
+        """The newest checkpoint of this run before `step` that matches its manifest; None where there is none."""
+        return self.newest_good([path for path in self.list() if step_of(path) < step])
+
+    @staticmethod
+    def newest_good(paths: Sequence[Path]) -> Path | None:
+        """The last of `paths` that matches its manifest; damaged ones are passed over with a warning."""
         for path in reversed(paths):
             try:
                 verify(path)
@@ -125,10 +138,6 @@ class CheckpointStore:
                 logger.warning("passing over a damaged checkpoint: %s", error)
             else:
                 return path
-        if paths:
-            raise CheckpointError(
-                f"all {len(paths)} checkpoints in {self.directory} are damaged; move them away to start over"
-            )
         return None
 
     @contextmanager

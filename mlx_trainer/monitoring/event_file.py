@@ -5,7 +5,7 @@ import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from mlx_trainer.monitoring.files import explained, make_folder
 
@@ -49,12 +49,6 @@ class EventFile:
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _add(self, step: int, *summaries: "Summary") -> None:
         from tensorboardX.proto.event_pb2 import Event

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Self
 
@@ -91,7 +92,7 @@ class MetricsTracker:
 
     def to_tensorboard(self, directory: str | Path) -> None:
         """Write the whole history as TensorBoard scalars, tags being the names and the x axis the steps."""
-        with EventFile(Path(directory)) as file:
+        with closing(EventFile(Path(directory))) as file:
             for step in sorted(self._rows):
                 file.add_scalars(step, self._rows[step])
 

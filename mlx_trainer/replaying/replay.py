@@ -5,20 +5,19 @@ before the step, in nothing but its loop and the callbacks that have a say in up
 bit for bit on the same machine and versions. It is how one finds the row behind a NaN or a spike.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import mlx.core as mx
 from attrs import evolve
 
 from mlx_trainer import build
 from mlx_trainer.callback import Callback, overrides
-from mlx_trainer.checkpoint import CheckpointError, CheckpointStore, verify
+from mlx_trainer.checkpoint import CheckpointStore, step_of, verify
 from mlx_trainer.config import Config, ConfigError, load_config
 from mlx_trainer.data import BatchLoader
+from mlx_trainer.folders import same_files
 from mlx_trainer.models import CausalLMModule
 from mlx_trainer.module import TrainerModule
 from mlx_trainer.monitoring import MetricsTracker, setup_logging
@@ -28,8 +27,6 @@ from mlx_trainer.state import key_to_seed, random_key, restore_random_state
 from mlx_trainer.step import StepOutput
 from mlx_trainer.traced import copied, number
 from mlx_trainer.trainer import Trainer, TrainingError
-
-logger = logging.getLogger(__name__)
 
 
 class Watch(Callback):
@@ -72,14 +69,14 @@ def replay(run_dir: str | Path, step: int) -> ReplayedStep:
     config = config_of_run(run_dir)
     if step < 1:
         raise ConfigError(f"--step is {step}; the first step is 1")
-    begin = checkpoint_before(run_dir, step)
+    store = CheckpointStore(run_dir / "checkpoints")
+    begin = store.before(step)
     with setup_logging(level="ERROR"):  # that the callbacks of the run are not all here needs no warning
         module = build.build_module(config)
         loader = build.build_data(config, module).train_loader()
         watch = Watch(step)
         output = taken_again(trainer_of(config, begin, watch), module, loader, watch)
-        saved = run_dir / "checkpoints" / f"step-{step:08d}"
-        equal = same_parameters(module, saved) if saved.is_dir() else None
+        equal = saves_as(module, store.path(step)) if store.path(step).is_dir() else None
         begun_at = 0 if begin is None else step_of(begin)
         logged = compared(run_dir, watch.logged, begun_at, config.training.logging_steps)
         watch.put_back(module)
@@ -106,24 +103,6 @@ def config_of_run(run_dir: Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"{run_dir}: is not the folder of a run, which has its config.yaml")
     return load_config(path)
-
-
-def checkpoint_before(run_dir: Path, step: int) -> Path | None:
-    """The newest good checkpoint before `step`; None where the run is to be taken from its start."""
-    for path in reversed(CheckpointStore(run_dir / "checkpoints").list()):
-        if step_of(path) < step:
-            try:
-                verify(path)
-            except CheckpointError as error:
-                logger.warning("passing over a damaged checkpoint: %s", error)
-            else:
-                return path
-    return None
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint, from its name."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def trainer_of(config: Config, begin: Path | None, watch: Watch) -> Trainer:
@@ -161,17 +140,9 @@ def compared(run_dir: Path, losses: Mapping[int, float], begun_at: int, every: i
     return {step: own[step] == losses[step] or math.isnan(own[step] + losses[step]) for step in whole}
 
 
-def same_parameters(module: CausalLMModule, checkpoint: Path) -> bool:
-    """Whether what `module` would save now is what the checkpoint has, bit for bit."""
+def saves_as(module: CausalLMModule, checkpoint: Path) -> bool:
+    """Whether what `module` would save now is what the checkpoint has, byte for byte."""
     verify(checkpoint)
     with TemporaryDirectory() as folder:
         module.save(Path(folder))
-        for path in Path(folder).glob("*.safetensors"):
-            mine, theirs = mx.load(str(path)), mx.load(str(checkpoint / path.name))
-            assert isinstance(mine, dict)
-            assert isinstance(theirs, dict)
-            if mine.keys() != theirs.keys():
-                return False
-            if not all(mx.array_equal(value, theirs[name], equal_nan=True) for name, value in mine.items()):
-                return False
-    return True
+        return same_files(Path(folder), checkpoint)

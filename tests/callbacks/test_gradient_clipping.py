@@ -93,9 +93,9 @@ def test_a_run_is_clipped_and_logs_its_norm() -> None:
 def test_the_norm_of_bfloat16_gradients_is_float32() -> None:
     """As a bfloat16 sum it would stop growing at 256 equal elements; direction and type are kept."""
     clipped, norm = clip({"a": mx.full((10_000,), 1e15, mx.bfloat16)}, max_norm=1.0)
-    assert norm == pytest.approx(1e17, rel=1e-2)
+    assert norm == pytest.approx(1e17, rel=2**-8)  # as bfloat16 rounds
     assert clipped["a"].dtype == mx.bfloat16
-    assert clipped["a"].astype(mx.float32).tolist() == pytest.approx([0.01] * 10_000, rel=1e-2)
+    assert clipped["a"].astype(mx.float32).tolist() == pytest.approx([0.01] * 10_000, rel=2**-7)  # twice
 
 
 def test_a_norm_of_zero_leaves_zeros() -> None:
