@@ -1,69 +1,10 @@
-"""The commands of `mlx-trainer`: what each takes, and the call of the library that it stands for.
-
-The options `--section.key` and their help come from the schema. The parser is the standard library's: tyro took 0.7 s
-for the help of these options (this: 0.3 s), and could neither lay them over a file's values nor keep types strict.
-"""
+"""The commands around a training: what it would be, itself, how fast it is, and a step of it again."""
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from attrs import frozen
-
-from mlx_trainer.config import Config, ConfigError, ModelConfig, load_config, to_yaml, unwise
-from mlx_trainer.config.arguments import Parser, add_options, dataset_of, overrides
-
-PROGRAM = "mlx-trainer"
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
-SHORT = {"model.model_name": "--model", "run.directory": "--output", "run.resume": "--resume"}
-
-ALL = ("model", "lora", "training", "data", "evaluation", "run")
-FILES = {
-    "nargs": "*",
-    "default": [],
-    "metavar": "FILE",
-    "help": "configurations (.yaml, .json; later ones win) and data files, with a weight as in chats.jsonl=0.5",
-}
-ADAPTER = {"metavar": "DIR", "help": "folder of a trained adapter, such as runs/chats/adapter"}
-Given = Mapping[str, Any]
-
-
-@frozen
-class Command:
-    """A command: what it does, its words for `--help`, the schema's sections it takes, and its own options."""
-
-    run: Callable[[Given], int]
-    help: str
-    usage: str
-    sections: Sequence[str]
-    options: Mapping[str, Mapping[str, Any]]
-
-    def parser(self, name: str) -> Parser:
-        """Return the parser of this command."""
-        parser = Parser(f"{PROGRAM} {name}", self.help, f"{PROGRAM} {name} {self.usage}")
-        for option, words in self.options.items():
-            parser.add_argument(option, **words)
-        parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-        add_options(parser, self.sections, SHORT)
-        return parser
-
-
-def config_of(given: Given) -> Config:
-    """Return defaults < files < command line; data files on the command line are `data.dataset_path`."""
-    files, data = split_inputs(given["inputs"])
-    values = overrides(given)
-    if "ledger" in given:
-        values["run.ledger"] = True
-    if data:
-        values["data.dataset_path"] = dataset_of(data)
-    return load_config(*files, overrides=values)
-
-
-def split_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the configurations and the data files among `inputs`, told apart by their endings."""
-    files = [path for path in inputs if path.endswith(CONFIG_SUFFIXES)]
-    return files, [path for path in inputs if path not in files]
+from mlx_trainer.commands.command import ALL, FILES, Command, Given, config_of
+from mlx_trainer.config import ConfigError, to_yaml, unwise
 
 
 def train(given: Given) -> int:
@@ -136,30 +77,6 @@ def validate_config(given: Given) -> int:
     return 0
 
 
-def evaluate(given: Given) -> int:
-    """Print the loss and perplexity of a model on data files, or on the rows that a recipe holds back."""
-    config = config_of(given)
-    from mlx_trainer import build
-
-    # Data files are meant whole; a recipe means the rows that its training holds back.
-    metrics = build.evaluate(config, given.get("adapter"), whole=bool(split_inputs(given["inputs"])[1]))
-    print(f"loss        {metrics.loss:.4f}")
-    print(f"perplexity  {metrics.perplexity:.2f}")
-    print(f"rows        {metrics.samples}")
-    return 0
-
-
-def generate(given: Given) -> int:
-    """Print the answer to each prompt."""
-    values: dict[str, Any] = {key.removeprefix("model."): value for key, value in overrides(given).items()}
-    from mlx_trainer import build
-
-    sampling = {"max_tokens": given.get("max_tokens", 100), "temperature": given.get("temperature", 0.0)}
-    answers = build.generate(ModelConfig(**values), given["prompt"], given.get("adapter"), **sampling)
-    print("\n\n".join(answers))
-    return 0
-
-
 COMMANDS = {
     "train": Command(
         train,
@@ -224,24 +141,5 @@ COMMANDS = {
         "FILE ... [--section.key VALUE ...]",
         ALL,
         {"inputs": FILES},
-    ),
-    "evaluate": Command(
-        evaluate,
-        "Print loss and perplexity on data files, or on the rows that a recipe holds back.",
-        "FILE ... [--model NAME] [--adapter DIR] [--section.key VALUE ...]",
-        ("model", "data"),
-        {"inputs": FILES, "--adapter": ADAPTER},
-    ),
-    "generate": Command(
-        generate,
-        "Print a model's answer to a prompt.",
-        "--prompt TEXT [--model NAME] [--adapter DIR]",
-        ("model",),
-        {
-            "--prompt": {"action": "append", "required": True, "metavar": "TEXT", "help": "what to answer; repeatable"},
-            "--adapter": ADAPTER,
-            "--max-tokens": {"type": int, "metavar": "N", "help": "most tokens of an answer (default 100)"},
-            "--temperature": {"type": float, "metavar": "X", "help": "0 takes the likeliest tokens (default 0)"},
-        },
     ),
 }
