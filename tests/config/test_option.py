@@ -46,7 +46,8 @@ REFUSED = [
         (
             LoRAConfig,
             {"layers_to_transform": value},
-            f"layers_to_transform is {value}; it must be a list of whole numbers, not empty, numbers at least 0, or null",
+            f"layers_to_transform is {value}; it must be a list of whole numbers, not empty, numbers at least 0, "
+            "or null",
         )
         for value in ([], [-1], [1.0])
     ],
@@ -54,7 +55,8 @@ REFUSED = [
         (
             LoRAConfig,
             {"rank_pattern": value},
-            f"rank_pattern is {value}; it must be a mapping of text to whole numbers, none of it empty, each at least 1",
+            f"rank_pattern is {value}; it must be a mapping of text to whole numbers, none of it empty, "
+            "each at least 1",
         )
         for value in ({"q_proj": 0}, {"q_proj": 2.0}, {"": 2})
     ],

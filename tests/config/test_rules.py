@@ -122,8 +122,8 @@ def test_the_same_options_apart_are_fine() -> None:
         (
             {"lora.init_lora_weights": "pissa"},
             (
-                "lora.dropout 0.05 with lora.init_lora_weights pissa drops inputs of the weights' largest parts, trained "
-                "and frozen alike; the authors train without: set lora.dropout to 0",
+                "lora.dropout 0.05 with lora.init_lora_weights pissa drops inputs of the weights' largest parts, "
+                "trained and frozen alike; the authors train without: set lora.dropout to 0",
             ),
         ),
         ({"lora.init_lora_weights": "olora", "lora.dropout": 0}, ()),
