@@ -75,14 +75,19 @@ def inexact(layers: Mapping[str, Any], layout: Layout) -> dict[str, mx.array]:
 def put_back(layer: Any, own: Tensors) -> None:
     """Let `layer` have its `own` tensors, which fit it, the start that is taken off included."""
     rank = rank_of(layer)
-    layer.update({name: trained(name, value, rank) for name, value in own.items()})
+    layer.update({name: part(name, value, slice(rank)) for name, value in own.items()})
     if "_start_a" in layer:
-        layer._start_a, layer._start_b = own["lora_a"][:, rank:], -own["lora_b"][rank:]
+        layer._start_a = part("lora_a", own["lora_a"], slice(rank, None))
+        layer._start_b = -part("lora_b", own["lora_b"], slice(rank, None))
 
 
-def trained(name: str, value: mx.array, rank: int) -> mx.array:
-    """The part of a tensor that trains: the first `rank` of its columns or rows."""
-    return value if name == MAGNITUDE else mx.split(value, [rank], axis=rank_axis(name, value))[0]
+def part(name: str, value: mx.array, ranks: slice) -> mx.array:
+    """Those `ranks` of a tensor, as an array of its own: products with a part of another one are rounded otherwise."""
+    if name == MAGNITUDE:
+        return value
+    index = [slice(None)] * value.ndim
+    index[rank_axis(name, value)] = ranks
+    return mx.contiguous(value[tuple(index)])
 
 
 def rank_axis(name: str, value: mx.array) -> int:
@@ -100,8 +105,7 @@ def cut(name: str, value: mx.array, like: mx.array, layout: Layout) -> mx.array:
     """`value` without the zeros that `filled_up` put behind; as it is where it is not of the layout's rank, or no 0."""
     if name == MAGNITUDE or value.ndim != like.ndim:
         return value
-    axis = rank_axis(name, value)
-    if not value.shape[axis] == layout.rank > like.shape[axis]:
+    axis, rank = rank_axis(name, value), like.shape[rank_axis(name, like)]
+    if not value.shape[axis] == layout.rank > rank or mx.any(part(name, value, slice(rank, None))).item():
         return value
-    kept, rest = mx.split(value, [like.shape[axis]], axis=axis)
-    return value if mx.any(rest).item() else kept
+    return part(name, value, slice(rank))
