@@ -14,7 +14,7 @@ ITERATIONS = 4
 
 def start(layer: LoRALinear, kind: str, key: mx.array) -> None:
     """Let the adapter of `layer` start as `kind` says, "pissa" or "olora"; lazy: what a file replaces costs nothing."""
-    weight = dense_weight(layer.linear).astype(mx.float32)
+    weight = dense_weight(layer.linear)
     if kind == "pissa":
         layer.start_at(*pissa(weight, rank_of(layer), layer.scale, key))
     else:

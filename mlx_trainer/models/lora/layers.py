@@ -54,7 +54,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, linear: Linear, **options: Any) -> None:
         super().__init__(linear, **options)
-        self._squares = mx.square(dense_weight(linear).astype(mx.float32)).sum(axis=1)
+        self._squares = mx.square(dense_weight(linear)).sum(axis=1)
         self.m = mx.sqrt(self._squares)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -119,11 +119,11 @@ def dimensions(layer: Any) -> tuple[int, int]:
 
 
 def dense_weight(layer: Any) -> mx.array:
-    """The weight of `layer`, (out, in), dequantized where it is packed."""
+    """The weight of `layer` in float32, (out, in), dequantized where it is packed."""
     if "scales" not in layer:
-        weight: mx.array = layer.weight
+        weight: mx.array = layer.weight.astype(mx.float32)
         return weight
-    packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode, "dtype": mx.float32}
     return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **packing)
 
 
