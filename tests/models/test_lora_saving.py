@@ -6,9 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optimizers
 import numpy as np
 import pytest
 from attrs import evolve
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load
 
@@ -20,7 +22,7 @@ from mlx_trainer.models.loading import load_model
 from mlx_trainer.models.lora import adapted_layers, factors, inject_lora, trainable
 from mlx_trainer.models.lora.layout import tensors_of
 from tests.models.batches import labelled
-from tests.tiny import tiny_mistral
+from tests.tiny import tiny_mistral, write_tokenizer
 
 IDS = mx.array([[1, 17, 300, 45, 9], [1, 5, 6, 350, 2]])
 LORA = LoRAConfig(rank=4, alpha=6.0, dropout=0.25, target_modules=["q_proj", "down_proj"])
@@ -228,3 +230,54 @@ def test_a_section_that_is_no_configuration_is_refused(
         lora_of(tmp_path)
     with pytest.raises(ModelError, match=r"adapter_config\.json cannot be read as an adapter's configuration"):
         load_adapters(model, tmp_path)
+
+
+def mixtral(folder: Path, bits: int | None) -> Path:
+    """A Mixtral of two blocks with four experts, packed or not."""
+    from mlx_lm.models.mixtral import Model, ModelArgs
+
+    sizes: dict[str, Any] = {
+        "model_type": "mixtral",
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "rms_norm_eps": 1e-5,
+    }
+    model, packing = Model(ModelArgs(**sizes)), {"group_size": 32, "bits": bits}
+    for i, value in enumerate(trainable(model).values()):
+        value[:] = mx.random.normal(value.shape, key=mx.random.key(i)) * value.shape[-1] ** -0.5
+    if bits is not None:
+        nn.quantize(model, **packing)
+        sizes |= {"quantization": packing}
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (folder / "config.json").write_text(json.dumps(sizes))
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "switch_mlp.up_proj", "lm_head"]])
+def test_adapters_of_experts_make_the_same_trip(tmp_path: Path, targets: Any, bits: int | None) -> None:
+    """Experts of a smaller rank and another scale among them; every adapter has a gradient, and the loss falls."""
+    base = mixtral(tmp_path / "base", bits)
+    ranks = {} if targets == ["gate"] else {"up_proj": 3}
+    lora = LoRAConfig(rank=4, alpha=6.0, dropout=0.0, target_modules=targets, rank_pattern=ranks, use_rslora=True)
+    model = tuned(base, lora)
+    save_adapters(model, tmp_path / "adapter", lora=lora)
+    theirs, _ = load(str(base), adapter_path=str(tmp_path / "adapter"))
+    logits = model.eval()(IDS)
+    assert mx.abs(theirs.eval()(IDS) - logits).max().item() <= 1e-5 * mx.abs(logits).max().item()
+    module = CausalLMModule(base, lora=lora_of(tmp_path / "adapter"), dtype="float32", max_seq_length=64)
+    module.load(tmp_path / "adapter")
+    assert mx.array_equal(module.model.eval()(IDS), logits).item()
+    step = nn.value_and_grad(module.model, lambda batch: module.training_loss(batch).total)
+    loss, found = step(labelled())
+    assert all(mx.any(value).item() for _, value in tree_flatten(found))
+    optimizer = optimizers.SGD(1e-3)
+    optimizer.update(module.model, found)
+    assert step(labelled())[0].item() < loss.item()
