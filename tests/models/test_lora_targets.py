@@ -2,6 +2,7 @@
 
 import logging
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,8 +10,10 @@ import mlx.nn as nn
 import pytest
 from attrs import evolve
 from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.utils import load
 
 from mlx_trainer.config import LoRAConfig
+from mlx_trainer.models.adapters import save_adapters
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.loading import load_model
 from mlx_trainer.models.lora import adapted_layers, inject_lora, rank_of
@@ -114,6 +117,18 @@ def test_a_rank_that_a_layer_cannot_use_is_told(folder: Path, caplog: pytest.Log
     assert caplog.messages == [
         "lora.rank 33 is more than model.layers.0.self_attn.k_proj can use, which has rank 32 at most."
     ]
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_dora_that_mlx_lm_cannot_open_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, bits: int) -> None:
+    """On 3, 5 and 6 bits its layer has another width than the base's; on others nothing is said, and it opens."""
+    base, lora = tiny_mistral(tmp_path / "base", bits=bits), evolve(LORA, use_dora=True)
+    with caplog.at_level(logging.WARNING, "mlx_trainer.models"):
+        save_adapters(inject_lora(load_model(base, dtype="float32"), lora), tmp_path / "adapter", lora=lora)
+    told = "mlx-lm cannot open DoRA on layers of 3 bits such as model.layers.0.self_attn.q_proj; "
+    assert [message.startswith(told) for message in caplog.messages] == ([True] if bits == 3 else [])
+    with pytest.raises(ValueError, match="shape") if bits == 3 else nullcontext():
+        load(str(base), adapter_path=str(tmp_path / "adapter"))
 
 
 PATTERNS = {

@@ -48,8 +48,10 @@ def chosen_layers(model: nn.Module, lora: LoRAConfig) -> dict[str, Any]:
     targets = all_linear(model, layers) if lora.target_modules == ALL_LINEAR else lora.target_modules
     paths = target_paths(list(layers), targets)
     check_patterns(paths, lora)
-    check_ranks({path: layers[path] for path in paths}, lora)
-    return {path: layers[path] for path in paths}
+    chosen = {path: layers[path] for path in paths}
+    check_ranks(chosen, lora)
+    check_bits(chosen, lora)
+    return chosen
 
 
 def blocks(model: Any) -> list[str]:
@@ -131,3 +133,14 @@ def check_ranks(layers: dict[str, Any], lora: LoRAConfig) -> None:
                 raise ModelError(f"{text}: init_lora_weights {lora.init_lora_weights} cannot start it.")
             log.warning("%s.", text)
             return
+
+
+def check_bits(layers: dict[str, Any], lora: LoRAConfig) -> None:
+    """Tell of a DoRA that mlx-lm cannot open: to its layer, b bits are 32 // b values a number (0.32.2)."""
+    odd = [path for path, layer in layers.items() if 32 % getattr(layer, "bits", 1)]
+    if lora.use_dora and odd:
+        log.warning(
+            "mlx-lm cannot open DoRA on layers of %d bits such as %s; merge it, or export it for PEFT.",
+            layers[odd[0]].bits,
+            odd[0],
+        )
