@@ -26,11 +26,11 @@ from mlx_trainer.callbacks import (
     SampleGenerator,
     TensorBoardLogger,
 )
-from mlx_trainer.config import Config, ConfigError, DataConfig, LoRAConfig, ModelConfig, unwise
+from mlx_trainer.config import Config, ConfigError, DataConfig, ModelConfig, unwise
 from mlx_trainer.data import DataPipeline, DataReport, render, report_on
 from mlx_trainer.evaluation import EvalMetrics
-from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
-from mlx_trainer.models.hf_config import read_json
+from mlx_trainer.models import CausalLMModule, MistralLoRAModule
+from mlx_trainer.models.adapters import lora_of
 from mlx_trainer.monitoring import (
     make_folder,
     setup_logging,
@@ -150,21 +150,6 @@ def trained_module(model: ModelConfig, adapter: str | None) -> CausalLMModule:
     if adapter is not None:
         module.load(Path(adapter))
     return module
-
-
-def lora_of(adapter: Path) -> LoRAConfig | None:
-    """Return the configuration of an adapter in mlx-lm's layout, None for fully trained weights; raises ModelError."""
-    path = adapter / "adapter_config.json"
-    if not path.exists():
-        raise ModelError(f"{path}: No such file or directory; an adapter is a folder with this file")
-    try:
-        written = read_json(path)
-        if written.get("fine_tune_type") == "full":
-            return None
-        lora = written["lora_parameters"]
-        return LoRAConfig(rank=lora["rank"], alpha=lora["scale"] * lora["rank"], target_modules=lora["keys"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: is not the configuration of an mlx-lm adapter: {error}") from error
 
 
 def base_arguments(model: ModelConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from attrs import evolve
 
 from mlx_trainer import (
     Callback,
@@ -90,7 +91,10 @@ def test_a_late_write_holds_the_step_it_was_asked_for(
     assert contents(tmp_path / "late") == expected
 
 
-def test_a_language_model_is_saved_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("odd", [False, True])
+def test_a_language_model_is_saved_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: bool
+) -> None:
     """Its model is a property, its file an adapter in mlx-lm's layout; while it trains, the same is written."""
     tiny_mistral(tmp_path / "base")
     threads, seal = set(), checkpoint.seal
@@ -102,6 +106,8 @@ def test_a_language_model_is_saved_in_the_background(tmp_path: Path, monkeypatch
     monkeypatch.setattr(checkpoint, "seal", noted)
     for name, background in (("late", True), ("now", False)):
         lora = LoRAConfig(rank=2, alpha=4, dropout=0.1)
+        if odd:  # what is written is computed from the parameters
+            lora = evolve(lora, init_lora_weights="pissa", use_rslora=True, rank_pattern={"v_proj": 3})
         module = MistralLoRAModule(tmp_path / "base", lora=lora, dtype="float32", schedule="constant", warmup_steps=0)
         saving = ModelCheckpoint(tmp_path / name, every=2, keep_last=None, background=background)
         Trainer(callbacks=[saving]).fit(module, [labelled(seed=seed) for seed in range(7)])

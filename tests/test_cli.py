@@ -126,6 +126,16 @@ def test_mappings_are_pairs_of_words(capsys: pytest.CaptureFixture[str]) -> None
     assert resolved(capsys, "base.yaml", "--data.fields", "text=a=b").data.fields == {"text": "a=b"}
 
 
+def test_adapters_are_chosen_by_names_patterns_and_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers in a mapping and in a list are numbers; a word or an expression stays the text that it is."""
+    words = ["--lora.rank_pattern", "down_proj=8", r"layers\.1\..*=4", "--lora.alpha_pattern", "down_proj=2.5"]
+    lora = resolved(capsys, "a.jsonl", *words, "--lora.layers_to_transform", "0,1").lora
+    assert lora.rank_pattern == {"down_proj": 8, r"layers\.1\..*": 4}
+    assert (lora.alpha_pattern, lora.layers_to_transform) == ({"down_proj": 2.5}, (0, 1))
+    for text in ("all-linear", r".*\.[qv]_proj"):
+        assert resolved(capsys, "a.jsonl", "--lora.target_modules", text).lora.target_modules == text
+
+
 def test_the_command_line_wins_over_files_and_files_over_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     """Defaults < first file < second file < command line, wherever the options stand and however they are written."""
     Path("a.yaml").write_text("data: {dataset_path: a.jsonl, seed: 1}\nlora: {rank: 1, alpha: 1, dropout: 0.1}\n")

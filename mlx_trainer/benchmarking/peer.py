@@ -30,7 +30,7 @@ from mlx_trainer.config import Config, ConfigError, load_config
 from mlx_trainer.data import DataPipeline
 from mlx_trainer.models import CausalLMModule
 from mlx_trainer.models.libraries import quiet_imports
-from mlx_trainer.models.lora import linear_layers, target_paths
+from mlx_trainer.models.lora import chosen_layers
 
 FOREVER = 10**9
 Row = tuple[list[int], int]
@@ -134,9 +134,9 @@ def adapted(module: CausalLMModule, config: Config) -> Any:
         model.unfreeze()
         return model
     lora = config.lora
-    keys = target_paths(list(linear_layers(model)), lora.target_modules)
+    keys = list(chosen_layers(model, lora))
     settings = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": keys}
-    linear_to_lora_layers(model, len(model.layers), settings)
+    linear_to_lora_layers(model, len(model.layers), settings, use_dora=lora.use_dora)
     return model
 
 

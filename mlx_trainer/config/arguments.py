@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from attrs import NOTHING, Attribute, fields
 
 from mlx_trainer.config.error import ConfigError
-from mlx_trainer.config.keys import flow, from_text, keys, sections, split_items
+from mlx_trainer.config.keys import flow, from_text, keys, number, sections, split_items
 from mlx_trainer.config.option import expected, is_list, mapping_of, members, show
 
 METAVARS: Mapping[object, str] = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
@@ -65,24 +65,25 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str], short: Ma
 def overrides(given: Mapping[str, Any]) -> dict[str, object]:
     """Return the keys of the schema among what was given, each as its option's type."""
     return {
-        key: pairs(key, words) if isinstance(words, list) else from_text(words, keys()[key])
+        key: pairs(key, words, keys()[key]) if isinstance(words, list) else from_text(words, keys()[key])
         for key, words in given.items()
         if key in keys()
     }
 
 
-def pairs(key: str, words: Sequence[str]) -> object:
+def pairs(key: str, words: Sequence[str], option: "Attribute[Any]") -> object:
     """Return the mapping in the words `a=b c=d`, `a=b,c=d` or `{a: b}`; raises ConfigError for what is no pair."""
     if len(words) == 1 and words[0].startswith("{"):
         return flow(words[0], dict)
-    mapping: dict[str, str] = {}
+    mapping: dict[str, object] = {}
+    kinds = (mapping_of(members(option.type)),)
     for item in (item for word in words for item in split_items(word)):
         name, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"--{key}: {item!r} is no pair such as a=b; files stand before this option")
         if name in mapping:
             raise ConfigError(f"--{key}: {name!r} is given twice, as {mapping[name]!r} and {value!r}; give it once")
-        mapping[name] = value
+        mapping[name] = number(value, kinds)
     return mapping
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
 from attrs import Attribute, fields
 
@@ -41,18 +41,19 @@ def from_text(text: str, option: "Attribute[Any]") -> object:
     kinds = members(option.type)
     if text == "null" and NoneType in kinds:
         return None
-    if is_list(kinds[0]):
-        return flow(text, list) if text.startswith("[") else split_items(text)
+    if is_list(kinds[0]) and not text.startswith("["):
+        return listed(text, kinds)
     if any(map(is_list, kinds)) and text.startswith("["):
         return flow(text, list)
     if mapping_of(kinds) and text.startswith("{"):
         return flow(text, dict)
     if bool in kinds:
         return {"true": True, "false": False}.get(text, text)
-    return _number(text, kinds)
+    return number(text, kinds)
 
 
-def _number(text: str, kinds: tuple[Any, ...]) -> object:
+def number(text: str, kinds: tuple[Any, ...]) -> object:
+    """Return the number that `text` spells, where `kinds` has that kind; else the text."""
     for kind in (int, float):
         if kind in kinds:
             try:
@@ -60,6 +61,13 @@ def _number(text: str, kinds: tuple[Any, ...]) -> object:
             except ValueError:
                 continue
     return text
+
+
+def listed(text: str, kinds: tuple[Any, ...]) -> object:
+    """Return the items of `a,b` as the list among `kinds` has them; text that names nothing stays text if it may."""
+    if str in kinds and text and not re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
+        return text
+    return [number(item, get_args(kinds[0])) for item in split_items(text)]
 
 
 def split_items(text: str) -> list[str]:

@@ -10,6 +10,7 @@ from mlx_trainer.config.error import ConfigError
 from mlx_trainer.config.valid import Filled, NotEmpty, Range
 
 _WORDS: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_MANY: dict[object, str] = {int: "whole numbers", float: "numbers", str: "text"}
 
 
 def option(help: str, default: Any = NOTHING, valid: Range | NotEmpty | Filled | None = None) -> Any:
@@ -67,12 +68,12 @@ def members(kind: Any) -> tuple[Any, ...]:
 
 
 def is_list(kind: Any) -> bool:
-    """Whether an annotation is the schema's one list type, `Sequence[str]`."""
+    """Whether an annotation is a list, `Sequence[str]` or `Sequence[int]`."""
     return get_origin(kind) is Sequence
 
 
 def mapping_of(kinds: Sequence[Any]) -> type | None:
-    """Return what the mapping among `kinds` maps text to, `str` or `float`; None where there is no mapping."""
+    """Return what the mapping among `kinds` maps text to: `str`, `int`, `float`; None where there is no mapping."""
     return next((get_args(kind)[1] for kind in kinds if get_origin(kind) is Mapping), None)
 
 
@@ -80,7 +81,7 @@ def _fits(value: object, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return type(value) is str and value in get_args(kind)
     if is_list(kind):
-        return isinstance(value, tuple) and all(type(item) is str for item in value)
+        return isinstance(value, tuple) and all(type(item) is get_args(kind)[0] for item in value)
     if get_origin(kind) is Mapping:
         texts = isinstance(value, dict) and all(type(name) is str for name in value)
         return texts and all(type(item) is get_args(kind)[1] for item in value.values())  # type: ignore[attr-defined]
@@ -92,8 +93,8 @@ def _describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) is Mapping:
-        return f"a mapping of text to {'numbers' if get_args(kind)[1] is float else 'text'}"
-    return _WORDS.get(kind, "a list of text")
+        return f"a mapping of text to {_MANY[get_args(kind)[1]]}"
+    return f"a list of {_MANY[get_args(kind)[0]]}" if is_list(kind) else _WORDS[kind]
 
 
 def show(value: object) -> str:

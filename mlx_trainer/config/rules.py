@@ -92,9 +92,15 @@ def _unwise_adapters(config: "Config") -> Iterator[str]:
     if lora.rank > 256:
         yield f"lora.rank {lora.rank} is nearly as costly as training.method full; 8 to 64 are usual"
     if lora.scale > 8:
+        by, usual = ("the root of ", "a scale of 1 to 4") if lora.use_rslora else ("", "one to two times")
         yield (
-            f"lora.alpha {lora.alpha:g} is {lora.scale:g} times lora.rank, which multiplies every update; "
-            "one to two times is usual"
+            f"lora.alpha {lora.alpha:g} is {lora.scale:g} times {by}lora.rank, which multiplies every update; "
+            f"{usual} is usual"
+        )
+    if lora.dropout > 0 and lora.init_lora_weights != "default":
+        yield (
+            f"lora.dropout {lora.dropout:g} with lora.init_lora_weights {lora.init_lora_weights} drops inputs of the "
+            "weights' largest parts, trained and frozen alike; the authors train without: set lora.dropout to 0"
         )
     if lora.dropout > 0.3:
         yield f"lora.dropout {lora.dropout:g} drops most of what an adapter could learn from; 0 to 0.1 is usual"

@@ -1,5 +1,6 @@
 """The sections of a configuration: every option, its default, its valid range and its help text."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -7,6 +8,7 @@ from attrs import field, frozen
 
 from mlx_trainer.config.error import ConfigError
 from mlx_trainer.config.option import option
+from mlx_trainer.config.patterns import by_pattern, check_expressions
 from mlx_trainer.config.rules import contradictions
 from mlx_trainer.config.valid import Filled, NotEmpty, Range
 
@@ -35,17 +37,55 @@ class ModelConfig:
 
 @frozen
 class LoRAConfig:
-    """Low-rank adapters: `y = W x + (alpha / rank) B A x` on each target layer (https://arxiv.org/abs/2106.09685)."""
+    """Low-rank adapters: `y = W x + scale · B A x` on each target layer (https://arxiv.org/abs/2106.09685).
+
+    The names are PEFT's, `docs/adapters.md` has the formula and the source of each.
+    """
 
     rank: int = option("Rank of the adapters", 16, COUNT)
     alpha: float = option("The adapters' output is scaled by alpha / rank", 32.0, Range(above=0))
     dropout: float = option("Chance that an adapter input is dropped in training", 0.05, Range(at_least=0, below=1))
-    target_modules: Sequence[str] = option("Linear layers that get an adapter", ("q_proj", "v_proj"), NOT_EMPTY)
+    target_modules: Sequence[str] | str = option(
+        "Layers that get an adapter: names; all-linear; or a regular expression for the whole path",
+        ("q_proj", "v_proj"),
+        NOT_EMPTY,
+    )
+    layers_to_transform: Sequence[int] | None = option(
+        "Numbers of the blocks that get adapters, from 0; null: all", None, NotEmpty(NOT_NEGATIVE, "numbers")
+    )
+    use_rslora: bool = option("Scale by alpha / sqrt(rank) instead (rsLoRA)", False)
+    use_dora: bool = option("Train the length of each row of the weights apart from its direction (DoRA)", False)
+    init_lora_weights: Literal["default", "pissa", "olora"] = option(
+        "Where the adapters start: at random, or at the weights' largest parts (PiSSA) or first columns (OLoRA)",
+        "default",
+    )
+    rank_pattern: Mapping[str, int] = option("Ranks of layers by name or regular expression", {}, Filled(COUNT))
+    alpha_pattern: Mapping[str, float] = option(
+        "Alphas of layers by name or regular expression", {}, Filled(Range(above=0))
+    )
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse what is no regular expression where one is expected."""
+        whole = [self.target_modules] if isinstance(self.target_modules, str) else []
+        check_expressions(
+            {"target_modules": whole, "rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        )
 
     @property
     def scale(self) -> float:
-        """The factor on an adapter's output, alpha / rank."""
-        return self.alpha / self.rank
+        """The factor on an adapter's output where no pattern says otherwise."""
+        return self._scale(self.rank, self.alpha)
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the adapter on the layer at the dotted `path`."""
+        return by_pattern(self.rank_pattern, path, self.rank)
+
+    def scale_of(self, path: str) -> float:
+        """The factor on the output of the adapter at `path`: alpha / rank, or alpha / √rank, of that layer."""
+        return self._scale(self.rank_of(path), by_pattern(self.alpha_pattern, path, self.alpha))
+
+    def _scale(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @frozen
@@ -85,7 +125,7 @@ class DataConfig:
 
     dataset_path: str | Sequence[str] | Mapping[str, float] = option(
         "JSONL file, folder of train.jsonl and valid.jsonl, pattern or hf:owner/name; or several, also with weights",
-        valid=NotEmpty(weights=Range(above=0)),
+        valid=NotEmpty(Range(above=0)),
     )
     validation_path: str | Sequence[str] | None = option(
         "JSONL file of held-out rows, or several; without it the dataset is split", None, NOT_EMPTY

@@ -38,37 +38,39 @@ class Range:
 
 @frozen
 class NotEmpty:
-    """Any text, list or mapping but the empty one; the numbers of a mapping lie inside `weights`."""
+    """Any text, list or mapping but the empty one; the numbers in it, called `called`, lie inside `numbers`."""
 
-    weights: Range | None = None
+    numbers: Range | None = None
+    called: str = "weights"
 
     def __contains__(self, value: Sequence[object] | Mapping[str, object]) -> bool:
         """Whether `value` has an item that is not empty itself."""
-        return (
-            len(value) > 0 and _filled(value) and all(number in (self.weights or Range()) for number in _floats(value))
-        )
+        return len(value) > 0 and _filled(value) and _inside(value, self.numbers)
 
     def __str__(self) -> str:
         """Return the condition as a message says it."""
-        return "not empty" if self.weights is None else f"not empty, weights {self.weights}"
+        return "not empty" if self.numbers is None else f"not empty, {self.called} {self.numbers}"
 
 
 @frozen
 class Filled:
-    """Any mapping, the empty one too, whose keys and values are not empty themselves."""
+    """Any mapping, the empty one too, whose keys and values are not empty themselves; its `numbers` lie inside."""
+
+    numbers: Range | None = None
 
     def __contains__(self, value: Mapping[str, object]) -> bool:
-        """Whether nothing in `value` is empty."""
-        return _filled(value)
+        """Whether nothing in `value` is empty, and no number out of range."""
+        return _filled(value) and _inside(value, self.numbers)
 
     def __str__(self) -> str:
         """Return the condition as a message says it."""
-        return "none of it empty"
+        return "none of it empty" if self.numbers is None else f"none of it empty, each {self.numbers}"
 
 
 def _filled(value: Sequence[object] | Mapping[str, object]) -> bool:
     return all(item != "" for item in (*value, *(value.values() if isinstance(value, Mapping) else ())))
 
 
-def _floats(value: Sequence[object] | Mapping[str, object]) -> list[float]:
-    return [item for item in value.values() if isinstance(item, float)] if isinstance(value, Mapping) else []
+def _inside(value: Sequence[object] | Mapping[str, object], numbers: Range | None) -> bool:
+    items = value.values() if isinstance(value, Mapping) else value
+    return all(item in (numbers or Range()) for item in items if isinstance(item, int | float))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,94 +10,103 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_trainer.config import LoRAConfig
+from mlx_trainer.models.adapter_config import CONFIG, TENSORS, Written, adapter_config, lora_of
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.models.loading import open_tensors
 from mlx_trainer.models.lora import adapted_layers, trainable
+from mlx_trainer.models.lora.layout import Layout, inexact, packed, put_back, tensors_of, unpacked
 from mlx_trainer.module import check_parameters
 from mlx_trainer.monitoring import visible
 
-TENSORS = "adapters.safetensors"
-CONFIG = "adapter_config.json"
+EXACT = "unscaled.safetensors"
+"""Each `lora_b` whose scale is not a power of two times the file's, as it was: for an exact continuation."""
+
+__all__ = ["adapter_config", "load_adapters", "lora_of", "save_adapters"]
 
 
-def save_adapters(model: nn.Module, directory: Path, *, base: str | None = None) -> None:
+def save_adapters(
+    model: nn.Module, directory: Path, *, base: str | None = None, lora: LoRAConfig | None = None
+) -> None:
     """Write the trainable parameters of `model` and how to read them into `directory`; raises OSError.
 
-    After full fine-tuning these are all weights (mlx-lm's `fine_tune_type` "full"). `base` is the base model's name.
+    After full fine-tuning these are all weights (mlx-lm's `fine_tune_type` "full"). `base` is the base model's name,
+    `lora` the configuration of the adapters, which otherwise is told from the layers.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # Through a file object: a full disk is then an OSError with its number, not a bare RuntimeError.
-    with (directory / TENSORS).open("wb") as file:
-        mx.save_safetensors(file, trainable(model), metadata={"format": "mlx"})
-    text = json.dumps(adapter_config(model, base), indent=2)
+    layers = adapted_layers(model)
+    tensors = trainable(model)
+    if layers:
+        layout = Layout.of(layers)
+        tensors |= dotted({path: packed(layer, layout) for path, layer in layers.items()})
+        if exact := inexact(layers, layout):
+            write(directory / EXACT, exact)
+    write(directory / TENSORS, tensors)
+    text = json.dumps(adapter_config(model, base, lora), indent=2)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def adapter_config(model: nn.Module, base: str | None) -> dict[str, Any]:
-    """Return what mlx-lm needs to rebuild the adapted layers; `alpha` = scale * rank is for other programs."""
-    blocks = len(model.layers)
-    named = {} if base is None else {"model": base}
-    layers = adapted_layers(model)
-    if not layers:
-        return {**named, "fine_tune_type": "full", "num_layers": blocks}
-    first = next(iter(layers.values()))
-    rank = first.lora_a.shape[1]
-    parameters = {
-        "rank": rank,
-        "scale": first.scale,
-        "dropout": round(1 - first.dropout._p_1, 12),
-        "keys": layer_keys(model, list(layers)),
-        "alpha": first.scale * rank,
-    }
-    return {**named, "fine_tune_type": "lora", "num_layers": blocks, "lora_parameters": parameters}
+def write(path: Path, tensors: dict[str, mx.array]) -> None:
+    """Write a safetensors file."""
+    # Through a file object: a full disk is then an OSError with its number, not a bare RuntimeError.
+    with path.open("wb") as file:
+        mx.save_safetensors(file, tensors, metadata={"format": "mlx"})
 
 
-def layer_keys(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """Return `paths` as mlx-lm's keys: relative to a block (`self_attn.q_proj`) where each block has it, else whole."""
-    blocks = {id(block) for block in model.layers}
-    prefixes = [path for path, module in model.named_modules() if id(module) in blocks]
-    owners: dict[str, list[str]] = {}
-    for path in paths:
-        prefix = next((prefix for prefix in prefixes if path.startswith(f"{prefix}.")), None)
-        owners.setdefault(path if prefix is None else path.removeprefix(f"{prefix}."), []).append(path)
-    everywhere = {key for key, owned in owners.items() if len(owned) == len(prefixes) or owned == [key]}
-    return sorted(key for owner, owned in owners.items() for key in ([owner] if owner in everywhere else owned))
+def dotted(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What layers have by name, by the layer's path and the name."""
+    return {f"{path}.{name}": value for path, own in layers.items() for name, value in own.items()}
 
 
 def load_adapters(model: nn.Module, directory: Path) -> None:
-    """Read what `save_adapters` wrote into the trainable parameters of `model`, which has its adapters already.
+    """Read what `save_adapters` or mlx-lm wrote into the trainable parameters of `model`, which has its adapters.
 
-    Raises ModelError, and changes nothing, where names, shapes, types, or the adapters' scale differ, or where a
+    Raises ModelError, and changes nothing, where names, shapes, types, or the adapters' scales differ, or where a
     value is not finite.
     """
     path = directory / TENSORS
     if not path.is_file():
         raise ModelError(f"{directory} holds no adapter: {TENSORS} is missing.")
-    check_scale(model, directory / CONFIG)
-    expected, loaded = trainable(model), open_tensors(path)
+    layers, written = adapted_layers(model), Written.read(directory / CONFIG)
+    check_scale(layers, written, directory / CONFIG)
+    loaded = open_tensors(path)
+    check_finite(loaded, path)
+    expected = trainable(model) | dotted({name: tensors_of(layer) for name, layer in layers.items()})
+    if written.lora is not None and written.layout is not None:  # another program's are of one rank and scale
+        loaded |= read_back(layers, written.layout, loaded, directory / EXACT)
     try:
         check_parameters(expected, loaded, str(path))
     except ValueError as error:
         raise ModelError(f"{visible(str(error)):.1000}") from error
     check_dtypes(expected, loaded, path)
-    check_finite(loaded, path)
     values = {name: value.astype(expected[name].dtype) for name, value in loaded.items()}
     mx.eval(values)  # mx.load is lazy: read now, before the file may change
+    for name, layer in layers.items():
+        put_back(layer, {last: values.pop(f"{name}.{last}") for last in tensors_of(layer)})
     model.update(tree_unflatten(list(values.items())))
 
 
-def check_scale(model: nn.Module, path: Path) -> None:
+def read_back(
+    layers: Mapping[str, Any], layout: Layout, loaded: Mapping[str, mx.array], exact: Path
+) -> dict[str, mx.array]:
+    """Return the tensors of `layers` among the `loaded` ones, each with its own rank and scale again."""
+    beside = open_tensors(exact) if exact.is_file() else {}
+    found: dict[str, dict[str, mx.array]] = {path: {} for path in layers}
+    for name, value in loaded.items():
+        path, _, last = name.rpartition(".")
+        found.get(path, {})[last] = value
+    return dotted(
+        {path: unpacked(layers[path], own, layout, beside.get(f"{path}.lora_b")) for path, own in found.items()}
+    )
+
+
+def check_scale(layers: Mapping[str, Any], written: Written, path: Path) -> None:
     """Raise ModelError where the adapters were trained with another scale: they would fit, and compute otherwise."""
-    try:
-        written = read_json(path).get("lora_parameters", {}).get("scale")
-        written = None if written is None else float(written)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as an adapter's configuration: {error}.") from error
-    for name, layer in adapted_layers(model).items():
-        if written is not None and not math.isclose(written, layer.scale, rel_tol=1e-6):
+    for name, layer in layers.items():
+        scale = written.scale_of(name)
+        if scale is not None and not math.isclose(scale, layer.scale, rel_tol=1e-6):
             raise ModelError(
-                f"{path} has scale {written}, but {name} has alpha / rank = {layer.scale}; set lora.alpha so."
+                f"{path} has scale {scale}, but {name} has alpha / rank = {layer.scale}; set lora.alpha so."
             )
 
 

@@ -201,7 +201,7 @@ class CausalLMModule(TrainerModule):
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return method, adapters, type and learning rate; the base model is told by its parameters themselves."""
-        lora = {} if self.lora is None else {f"lora_{name}": value for name, value in asdict(self.lora).items()}
+        lora = {} if self.lora is None else told(self.lora)
         names = ("learning_rate", "schedule", "warmup_steps", "weight_decay")
         optimization = {name: self._optimization[name] for name in names}
         return {"method": "full" if self.lora is None else "lora", "dtype": self.dtype, **lora, **optimization}
@@ -245,7 +245,7 @@ class CausalLMModule(TrainerModule):
 
     def save(self, directory: Path) -> None:
         """Write what trains into `directory`, in mlx-lm's adapter layout."""
-        adapters.save_adapters(self.model, directory, base=self.name)
+        adapters.save_adapters(self.model, directory, base=self.name, lora=self.lora)
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote; raises ModelError, and changes nothing, where it does not fit."""
@@ -274,6 +274,13 @@ class CausalLMModule(TrainerModule):
         if not Path(self.name).expanduser().is_dir():
             self._commit = source.commit_of(found)  # tokenizer and weights are of one commit, should the branch move
         return found
+
+
+def told(lora: LoRAConfig) -> dict[str, Any]:
+    """Return the options of `lora` by the names of a fingerprint; younger ones where they are not the default."""
+    always = ("rank", "alpha", "dropout", "target_modules")
+    options = asdict(lora, filter=lambda option, value: option.name in always or value != option.default)
+    return {f"lora_{name}": value for name, value in options.items()}
 
 
 def check_recompute(recompute: str) -> None:

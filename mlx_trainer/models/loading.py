@@ -12,6 +12,7 @@ from mlx.utils import tree_map_with_path
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import ModelSettings, found, normalised, read_config, read_json
 from mlx_trainer.models.libraries import quiet_imports
+from mlx_trainer.models.quantized import embed_as
 from mlx_trainer.monitoring import visible
 from mlx_trainer.safetensors_file import check_header, check_regular
 from mlx_trainer.state import preserved_random_state
@@ -57,6 +58,7 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
         return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) and wanted(name) else value
 
     model.update(tree_map_with_path(convert, model.parameters()))
+    embed_as(model, dtype)
 
 
 def refuse_remote_code(directory: Path, settings: ModelSettings, trusted: bool) -> None:

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_trainer import runtime
 from mlx_trainer.models.attention import block_size, fused
 from mlx_trainer.models.head import head_of, part_size
-from mlx_trainer.models.lora import LoRALinear, base_of, dimensions, dropout_of
+from mlx_trainer.models.lora import DoRALinear, LoRALinear, base_of, dimensions, dropout_of, factors
 from mlx_trainer.models.recomputation import POLICIES, Policy
 
 MARGIN = 0.1
@@ -197,18 +197,22 @@ def seen_by_blocks(length: int, before: int) -> int:
 
 
 def input_bytes(dtype: mx.Dtype, *layers: Any) -> int:
-    """Bytes a position of what the gradients of `layers` need of their input, and of adapters' first products."""
+    """Bytes a position of what the gradients of `layers` need of their input, and of what their adapters made of it.
+
+    That is an adapter's first product, and the output that a magnitude scales.
+    """
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
     needed = bool(adapted) or any("weight" in layer.trainable_parameters() for layer in layers)
-    low = sum(layer.lora_a.shape[1] for layer in adapted) * dtype.size
+    own = sum(factors(layer)[0].shape[1] for layer in adapted)
+    own += sum(widths(layer)[1] for layer in adapted if isinstance(layer, DoRALinear))
     masks = sum(dropout_of(layer) > 0 for layer in adapted) * mx.bool_.size
-    return widths(layers[0])[0] * (needed * dtype.size + masks) + low
+    return widths(layers[0])[0] * (needed * dtype.size + masks) + own * dtype.size
 
 
 def head_bytes(model: Any, batch: Any) -> tuple[int, int]:
     """What the loss keeps, and the logits of one part in float32; with a head that trains, all logits are kept."""
     _, module = head_of(model)
-    vocabulary, hidden = model.model.embed_tokens.weight.shape[0], model.model.norm.weight.size
+    vocabulary, hidden = base_of(model.model.embed_tokens).weight.shape[0], model.model.norm.weight.size
     predictions, dtype = batch.targets.size, activations(model)
     logits = min(predictions, part_size(vocabulary)) * vocabulary * mx.float32.size
     if tree_flatten(module.trainable_parameters()):

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from attrs import frozen
 
-from mlx_trainer.models.lora import LoRALinear, trainable
+from mlx_trainer.models.lora import is_adapter, rank_of, trainable
 
 PACKING = ("scales", "biases")  # what a quantized layer keeps beside its packed weight: bytes, but no parameters
 
@@ -90,8 +90,8 @@ def count(module: nn.Module, name: str, value: mx.array) -> int:
 def kind(module: nn.Module) -> str:
     """Return a layer's class with what matters about it: an adapter's rank, a packed weight's bits."""
     name = type(module).__name__
-    if isinstance(module, LoRALinear):
-        return f"{name} r{module.lora_a.shape[1]}"
+    if is_adapter(module):
+        return f"{name} r{rank_of(module)}"
     return f"{name} {module.bits}-bit" if hasattr(module, "bits") else name
 
 

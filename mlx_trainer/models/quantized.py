@@ -29,7 +29,17 @@ class QuantizedLinear(nn.QuantizedLinear):
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):
-    """MLX's packed embedding; as the head of a model whose weights are tied, it too has a second way to compute."""
+    """MLX's packed embedding; as the head of a model whose weights are tied, it too has a second way to compute.
+
+    Without affine scales MLX's gives bfloat16, whatever the rest of the model is; this one the `dtype` it was told.
+    """
+
+    dtype: mx.Dtype | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return the rows of the weight at `x`, (..., dims)."""
+        rows: mx.array = super().__call__(x)  # type: ignore[no-untyped-call]
+        return rows if self.dtype is None else rows.astype(self.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return `x @ W.T`, x (..., dims)."""
@@ -49,6 +59,13 @@ def dequantize_at_use(model: nn.Module) -> nn.Module:
         if type(module) in faster:  # a subclass may compute something else
             module.__class__ = faster[type(module)]
     return model
+
+
+def embed_as(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Let the packed embeddings of `model` that have no affine scales give `dtype`: their values are exact in each."""
+    for module in model.modules():
+        if type(module) in (nn.QuantizedEmbedding, QuantizedEmbedding) and module.mode != "affine":
+            module.__class__, module.dtype = QuantizedEmbedding, dtype
 
 
 def dequantizing_wins(x: mx.array) -> bool:

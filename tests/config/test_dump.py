@@ -48,9 +48,11 @@ def _alternative(kind: Any, strategies: dict[Any, st.SearchStrategy[Any]], fewes
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
     if get_origin(kind) is Sequence:
-        return st.lists(text, min_size=1, max_size=3).map(tuple)
+        items = text if get_args(kind)[0] is str else st.integers(0, 99)
+        return st.lists(items, min_size=1, max_size=3).map(tuple)
     if get_origin(kind) is Mapping:
-        items = text if get_args(kind)[1] is str else st.floats(0, exclude_min=True, allow_infinity=False)
+        numbers = {int: st.integers(1, 99), float: st.floats(0, exclude_min=True, allow_infinity=False)}
+        items = numbers.get(get_args(kind)[1], text)
         return st.dictionaries(text, items, min_size=fewest, max_size=3)
     return strategies[kind]
 
@@ -59,11 +61,11 @@ def _alternative(kind: Any, strategies: dict[Any, st.SearchStrategy[Any]], fewes
 def configs(draw: st.DrawFn) -> Config:
     """Draw a valid configuration, every option of it."""
     drawn = {
-        name: section(**{option.name: draw(values(option)) for option in section.__attrs_attrs__})
+        name: {option.name: draw(values(option)) for option in section.__attrs_attrs__}
         for name, section in sections().items()
     }
     try:
-        return Config(**drawn)
+        return Config(**{name: section(**drawn[name]) for name, section in sections().items()})
     except ConfigError:
         assume(False)
         raise

@@ -23,10 +23,48 @@ REFUSED = [
         f"learning_rate is 1{'0' * 56}...; it must be a number, above 0 and at most 1",
     ),
     (LoRAConfig, {"dropout": 1}, "dropout is 1.0; it must be a number, at least 0 and below 1"),
-    (LoRAConfig, {"target_modules": "q_proj"}, "target_modules is 'q_proj'; it must be a list of text, not empty"),
-    (LoRAConfig, {"target_modules": []}, "target_modules is []; it must be a list of text, not empty"),
-    (LoRAConfig, {"target_modules": [7]}, "target_modules is [7]; it must be a list of text, not empty"),
-    (LoRAConfig, {"target_modules": ["a", ""]}, "target_modules is ['a', '']; it must be a list of text, not empty"),
+    *[
+        (
+            LoRAConfig,
+            {"target_modules": value},
+            f"target_modules is {value}; it must be a list of text or text, not empty",
+        )
+        for value in ([], [7], ["a", ""])
+    ],
+    (LoRAConfig, {"target_modules": ""}, "target_modules is ''; it must be a list of text or text, not empty"),
+    (
+        LoRAConfig,
+        {"target_modules": "*_proj"},
+        "lora.target_modules has '*_proj', which is no regular expression: nothing to repeat at position 0",
+    ),
+    (
+        LoRAConfig,
+        {"rank_pattern": {"(q": 2}},
+        "lora.rank_pattern has '(q', which is no regular expression: missing ), unterminated subpattern at position 0",
+    ),
+    *[
+        (
+            LoRAConfig,
+            {"layers_to_transform": value},
+            f"layers_to_transform is {value}; it must be a list of whole numbers, not empty, numbers at least 0, "
+            "or null",
+        )
+        for value in ([], [-1], [1.0])
+    ],
+    *[
+        (
+            LoRAConfig,
+            {"rank_pattern": value},
+            f"rank_pattern is {value}; it must be a mapping of text to whole numbers, none of it empty, "
+            "each at least 1",
+        )
+        for value in ({"q_proj": 0}, {"q_proj": 2.0}, {"": 2})
+    ],
+    (
+        LoRAConfig,
+        {"alpha_pattern": {"q_proj": 0}},
+        "alpha_pattern is {'q_proj': 0.0}; it must be a mapping of text to numbers, none of it empty, each above 0",
+    ),
     (ModelConfig, {"dtype": "int8"}, "dtype is 'int8'; it must be one of float16, bfloat16, float32"),
     (ModelConfig, {"model_name": ""}, "model_name is ''; it must be text, not empty"),
     (ModelConfig, {"max_seq_length": 7}, "max_seq_length is 7; it must be a whole number, at least 8"),
@@ -199,6 +237,12 @@ def test_every_option_has_a_help_text_and_words_for_what_it_takes() -> None:
         ("lora.target_modules", "q_proj", ["q_proj"]),
         ("lora.target_modules", "[q_proj", "[q_proj"),
         ("lora.target_modules", "", []),
+        ("lora.target_modules", "all-linear", "all-linear"),
+        ("lora.target_modules", r".*\.[qv]_proj{1,1}", r".*\.[qv]_proj{1,1}"),
+        ("lora.layers_to_transform", "0,3", [0, 3]),
+        ("lora.layers_to_transform", "[0, 3]", [0, 3]),
+        ("lora.layers_to_transform", "null", None),
+        ("lora.rank_pattern", "{q_proj: 2}", {"q_proj": 2}),
         ("evaluation.sample_prompts", "Well, who are you?", ["Well, who are you?"]),
         ("evaluation.sample_prompts", '["Well, who?", why]', ["Well, who?", "why"]),
     ],

@@ -111,6 +111,22 @@ def test_the_same_options_apart_are_fine() -> None:
             {"lora.rank": 2},
             ("lora.alpha 32 is 16 times lora.rank, which multiplies every update; one to two times is usual",),
         ),
+        ({"lora.use_rslora": True}, ()),
+        (
+            {"lora.use_rslora": True, "lora.rank": 4},
+            (
+                "lora.alpha 32 is 16 times the root of lora.rank, which multiplies every update; "
+                "a scale of 1 to 4 is usual",
+            ),
+        ),
+        (
+            {"lora.init_lora_weights": "pissa"},
+            (
+                "lora.dropout 0.05 with lora.init_lora_weights pissa drops inputs of the weights' largest parts, "
+                "trained and frozen alike; the authors train without: set lora.dropout to 0",
+            ),
+        ),
+        ({"lora.init_lora_weights": "olora", "lora.dropout": 0}, ()),
         (
             {"lora.dropout": 0.5},
             ("lora.dropout 0.5 drops most of what an adapter could learn from; 0 to 0.1 is usual",),

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import pytest
-from attrs import frozen
+from attrs import evolve, frozen
 
 from mlx_trainer import (
     Callback,
@@ -84,10 +84,13 @@ def regression(optimizer: Callable[[int], optimizers.Optimizer], dtype: mx.Dtype
     return lambda _: Regression(optimizer, dtype)
 
 
+LORA = LoRAConfig(rank=2, alpha=4, dropout=0.1, target_modules=("q_proj", "v_proj", "down_proj"))
+ODD = evolve(LORA, use_dora=True, init_lora_weights="pissa", use_rslora=True, rank_pattern={"down_proj": 3})
+
+
 def mistral(base: str = "base", **options: Any) -> Callable[[Path], TrainerModule]:
     """A tiny Mistral with LoRA and dropout."""
-    lora = LoRAConfig(rank=2, alpha=4, dropout=0.1, target_modules=("q_proj", "v_proj", "down_proj"))
-    settings = {"lora": lora, "dtype": "float32", "max_seq_length": 64, "learning_rate": 1e-2, "warmup_steps": 20}
+    settings = {"lora": LORA, "dtype": "float32", "max_seq_length": 64, "learning_rate": 1e-2, "warmup_steps": 20}
     return lambda place: MistralLoRAModule(place / base, **{**settings, **options})
 
 
@@ -132,6 +135,7 @@ RUNS: dict[str, Run] = {
         mistral(recompute="block"), chats(), callbacks=lambda: [NaNGuard(), GradientClipping(0.1)]
     ),
     "Mistral, 4-bit base, Lion": Run(mistral("four bits", optimizer="lion", schedule="constant"), chats()),
+    "Mistral, PiSSA and DoRA of two ranks, recompute block": Run(mistral(lora=ODD, recompute="block"), chats()),
     "Mistral, all weights, Adafactor": Run(mistral(lora=None, optimizer="adafactor", warmup_steps=0), chats()),
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from attrs import asdict
 from mlx.utils import tree_flatten
 
 from mlx_trainer.config import LoRAConfig
@@ -81,8 +82,8 @@ def test_mlx_lm_opens_the_adapter(tmp_path: Path, bits: int | None, targets: lis
 
 
 def test_the_configuration_is_mlx_lms(tmp_path: Path) -> None:
-    """adapter_config.json holds what mlx-lm requires, and alpha = scale * rank for other programs."""
-    save_adapters(adapted(tiny_mistral(tmp_path / "base")), tmp_path, base="someone/tiny")
+    """adapter_config.json holds what mlx-lm requires, alpha = scale * rank for other programs, and our own words."""
+    save_adapters(adapted(tiny_mistral(tmp_path / "base")), tmp_path, base="someone/tiny", lora=LORA)
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == {
         "model": "someone/tiny",
         "fine_tune_type": "lora",
@@ -94,6 +95,7 @@ def test_the_configuration_is_mlx_lms(tmp_path: Path) -> None:
             "keys": ["mlp.down_proj", "self_attn.q_proj"],
             "alpha": 6.0,
         },
+        "lora": json.loads(json.dumps(asdict(LORA))),
     }
 
 

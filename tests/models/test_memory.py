@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import pytest
+from attrs import evolve
 from mlx.utils import tree_flatten
 
 from mlx_trainer import Trainer, runtime
@@ -63,6 +64,12 @@ def test_the_estimate_is_within_a_tenth(tmp_path: Path, size: Any, policy: Polic
     expected = estimate(module.model, batch, module.configure_optimizer(1_000), policy)
     mx.enable_compile()
     assert expected.peak == pytest.approx(measured(module, batch), rel=0.1)
+
+
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_magnitudes_and_starts_are_counted(tmp_path: Path, option: dict[str, Any]) -> None:
+    """The outputs that magnitudes scale are kept, and starts that are taken off are of twice the rank."""
+    test_the_estimate_is_within_a_tenth(tmp_path, (64, 12, evolve(ALL, **option), 4, 64), "none")
 
 
 @pytest.fixture

@@ -87,12 +87,17 @@ def test_other_attention(module: CausalLMModule, monkeypatch: pytest.MonkeyPatch
     assert_same(module, batch_of(ROWS, 2))
 
 
-@pytest.mark.parametrize("kind", ["4-bit", "all weights", "q and v", "a trained head"])
+@pytest.mark.parametrize("kind", ["4-bit", "all weights", "q and v", "a trained head", "dora", "pissa", "embeddings"])
 def test_other_bases_and_targets(tmp_path: Path, kind: str) -> None:
-    """A packed base, full fine-tuning (also of the norms), adapters on two layers, and one on the head."""
+    """A packed base, full fine-tuning (also of the norms), adapters on two layers, the head, embeddings, and others."""
     tiny_mistral(tmp_path, bits=4 if kind == "4-bit" else None)
-    targets = {"q and v": ["q_proj", "v_proj"], "a trained head": ["lm_head", *LINEARS]}.get(kind, LINEARS)
-    lora = None if kind == "all weights" else LoRAConfig(rank=4, dropout=0.3, target_modules=targets)
+    targets = {
+        "q and v": ["q_proj", "v_proj"],
+        "a trained head": ["lm_head", *LINEARS],
+        "embeddings": ["embed_tokens", *LINEARS],
+    }.get(kind, LINEARS)
+    own: dict[str, Any] = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}.get(kind, {})
+    lora = None if kind == "all weights" else LoRAConfig(rank=4, dropout=0.3, target_modules=targets, **own)
     assert_same(
         module_of(tmp_path, lora), batch_of(rows_of([40, 7, 1, 12], [[True] * 39, [True] * 6, [], [True] * 11], 2))
     )

@@ -137,6 +137,26 @@ def test_other_heads_and_bases(tmp_path: Path, kind: str) -> None:
     assert_same(module_of(tmp_path, lora=lora), ROWS, spare_rows=1, spare=2)
 
 
+FAMILY: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "dora on the head": {"use_dora": True, "target_modules": [*LINEARS, "lm_head"]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora and dora": {"init_lora_weights": "olora", "use_dora": True, "use_rslora": True},
+    "ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 7.0}, "layers_to_transform": [1]},
+    "embedding and head": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "tied embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kind", FAMILY)
+def test_the_family_of_lora(tmp_path: Path, kind: str, bits: int | None) -> None:
+    """Magnitudes, starts that are taken off, ranks by layer, and adapters on embedding and head: the same as padded."""
+    tiny_mistral(tmp_path, tied="tied" in kind, bits=bits)
+    lora = LoRAConfig(**{"rank": 4, "dropout": 0.0, "target_modules": LINEARS} | FAMILY[kind])
+    assert_same(module_of(tmp_path, lora=lora), ROWS, spare_rows=1, spare=2)
+
+
 class OwnForward(CausalLMModule):
     """A forward that knows nothing of unpadded batches."""
 
