@@ -12,6 +12,7 @@ runtime.prepare()
 
 if TYPE_CHECKING:
     from mlx_trainer.callback import Callback as Callback
+    from mlx_trainer.callbacks import EMA as EMA
     from mlx_trainer.callbacks import EarlyStopping as EarlyStopping
     from mlx_trainer.callbacks import Evaluation as Evaluation
     from mlx_trainer.callbacks import GradientClipping as GradientClipping
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "callback": ("Callback",),
     "callbacks": (
+        "EMA",
         "EarlyStopping",
         "Evaluation",
         "GradientClipping",

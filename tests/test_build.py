@@ -92,6 +92,10 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "training.learning_rate": module._optimization["learning_rate"],
         "training.warmup_steps": module._optimization["warmup_steps"],
         "training.weight_decay": module._optimization["weight_decay"],
+        "training.loraplus_lr_ratio": module._optimization["loraplus_lr_ratio"],
+        "training.neftune_noise_alpha": module.neftune_noise_alpha,
+        "training.ema_decay": by_name["EMA"].decay if "EMA" in by_name else None,
+        "training.trainable_layers": module.trainable_layers,
         "training.max_grad_norm": by_name["GradientClipping"].max_norm if "GradientClipping" in by_name else None,
         "training.nan_patience": by_name["NaNGuard"].patience,
         "training.nan_rollback": by_name["NaNGuard"].rollback,
@@ -156,6 +160,10 @@ CHANGED: dict[str, object] = {
     "training.learning_rate": 3e-4,
     "training.warmup_steps": 1,
     "training.weight_decay": 0.5,
+    "training.loraplus_lr_ratio": 16.0,
+    "training.neftune_noise_alpha": 5.0,
+    "training.ema_decay": 0.9,
+    "training.trainable_layers": 1,
     "training.max_grad_norm": None,
     "training.nan_patience": 5,
     "training.nan_rollback": True,
@@ -190,7 +198,10 @@ CHANGED: dict[str, object] = {
     "run.tensorboard": False,
     "run.ledger": True,
 }
-NEEDED_TOO: dict[str, dict[str, object]] = {"evaluation.sample_tokens": {"evaluation.sample_prompts": ["Who?"]}}
+NEEDED_TOO: dict[str, dict[str, object]] = {
+    "evaluation.sample_tokens": {"evaluation.sample_prompts": ["Who?"]},
+    "training.trainable_layers": {"training.method": "full"},
+}
 
 
 @pytest.mark.parametrize("key", CHANGED)

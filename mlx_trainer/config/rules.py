@@ -27,6 +27,10 @@ def _contradictions(config: "Config") -> Iterator[str]:
             "training.method full would lose its small updates in model.dtype float16; "
             "set model.dtype to float32 or bfloat16"
         )
+    if config.training.method == "full" and config.training.loraplus_lr_ratio is not None:
+        yield "training.loraplus_lr_ratio is for adapters; leave it out, or set training.method to lora"
+    if config.training.method == "lora" and config.training.trainable_layers is not None:
+        yield "training.trainable_layers is for all weights of a block; leave it out, or set training.method to full"
     if data.layout == "padded" and config.training.recompute not in ("auto", "none"):
         yield (
             f"training.recompute {config.training.recompute} needs unpadded batches; "
@@ -58,6 +62,16 @@ def _unwise_optimization(config: "Config") -> Iterator[str]:
         yield (
             f"training.warmup_steps {training.warmup_steps} does not fit training.max_steps ({training.max_steps}): "
             f"it will be cut to {training.max_steps // 10}"
+        )
+    if training.neftune_noise_alpha is not None and training.neftune_noise_alpha > 15:
+        yield (
+            f"training.neftune_noise_alpha {training.neftune_noise_alpha:g} is above the 15 that its paper tried; "
+            "5 is usual"
+        )
+    if training.loraplus_lr_ratio is not None and not 1 <= training.loraplus_lr_ratio <= 64:
+        yield (
+            f"training.loraplus_lr_ratio {training.loraplus_lr_ratio:g} lets lora_b learn at "
+            f"{training.loraplus_lr_ratio * training.learning_rate:g}; ratios of 4 to 16 are usual"
         )
     if training.max_grad_norm is None:
         yield "training.max_grad_norm is off: one bad batch can undo many steps; 1 is usual"

@@ -103,6 +103,22 @@ class TrainingConfig:
     learning_rate: float = option("Highest learning rate", 2e-4, Range(above=0, at_most=1))
     warmup_steps: int = option("Steps over which the learning rate rises to its highest", 100, NOT_NEGATIVE)
     weight_decay: float = option("Share of the weights taken off, times the learning rate", 0.01, SHARE)
+    loraplus_lr_ratio: float | None = option(
+        "lora_b learns at this many times learning_rate (LoRA+); null: at the same", None, Range(above=0)
+    )
+    neftune_noise_alpha: float | None = option(
+        "Noise on the embeddings, at most this over √(a row's tokens · width) (NEFTune); null: none",
+        None,
+        Range(above=0),
+    )
+    ema_decay: float | None = option(
+        "Evaluate, and end with, an average of the parameters that keeps this share a step; null: none",
+        None,
+        Range(above=0, below=1),
+    )
+    trainable_layers: int | None = option(
+        "With method full, train the last so many blocks alone; null: everything", None, COUNT
+    )
     max_grad_norm: float | None = option("Gradients are scaled down to this global norm", 1.0, Range(above=0))
     nan_patience: int = option("Steps in a row whose numbers are not finite, after which the run ends", 3, COUNT)
     nan_rollback: bool = option("After these, go back to the newest checkpoint and on with other rows", False)

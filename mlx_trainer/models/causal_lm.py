@@ -18,8 +18,10 @@ from mlx_trainer.models import adapters, generation, loading, memory, provenance
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.head import head_loss
 from mlx_trainer.models.hf_config import ModelSettings, read_config, vocabulary_size
-from mlx_trainer.models.lora import inject_lora, unfreeze
+from mlx_trainer.models.last_layers import unfreeze_last
+from mlx_trainer.models.lora import inject_lora
 from mlx_trainer.models.loss import next_token_loss
+from mlx_trainer.models.neftune import noisy_embeddings
 from mlx_trainer.models.parameters import ParameterStats, parameter_stats
 from mlx_trainer.models.recomputation import POLICIES, Policy
 from mlx_trainer.models.token_ids import check_ids, check_tokenizer
@@ -32,6 +34,9 @@ log = logging.getLogger("mlx_trainer.models")
 
 class CausalLMModule(TrainerModule):
     """A causal language model with LoRA adapters (`lora=None`: all weights train), its tokenizer, loss and generation.
+
+    Of the full weights, `trainable_layers` lets the last so many blocks train alone; `loraplus_lr_ratio` and
+    `neftune_noise_alpha` are told of in `optim.LoRAPlus` and `neftune.py`.
 
     Cheap to construct: the tokenizer is loaded at first use, the model at first use or `setup`. Each of `load_model`,
     `inject_lora`, `forward`, `training_loss` and `generate` can be overridden alone. A batch has `input_ids`,
@@ -53,6 +58,9 @@ class CausalLMModule(TrainerModule):
         schedule: str = "cosine",
         warmup_steps: int = 100,
         weight_decay: float = 0.01,
+        loraplus_lr_ratio: float | None = None,
+        neftune_noise_alpha: float | None = None,
+        trainable_layers: int | None = None,
         recompute: Policy | Literal["auto"] = "auto",
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -62,6 +70,7 @@ class CausalLMModule(TrainerModule):
     ) -> None:
         check_dtype(dtype, full=lora is None)
         check_recompute(recompute)
+        check_method(full=lora is None, loraplus_lr_ratio=loraplus_lr_ratio, trainable_layers=trainable_layers)
         self.name = os.fspath(model_name_or_path)
         self.lora = lora
         self.dtype = dtype
@@ -71,13 +80,15 @@ class CausalLMModule(TrainerModule):
         self.cache_dir = cache_dir
         self.trust_remote_code, self.verify = trust_remote_code, verify
         self.seed = seed
-        self.artifact = "model" if lora is None else "adapter"
+        self.neftune_noise_alpha, self.trainable_layers = neftune_noise_alpha, trainable_layers
+        self.artifact = "model" if lora is None and trainable_layers is None else "adapter"
         self._optimization = {
             "name": optimizer,
             "learning_rate": learning_rate,
             "schedule": schedule,
             "warmup_steps": warmup_steps,
             "weight_decay": weight_decay,
+            "loraplus_lr_ratio": loraplus_lr_ratio,
         }
         self._model: nn.Module | None = None
         self._commit: str | None = None
@@ -89,7 +100,7 @@ class CausalLMModule(TrainerModule):
         """The model with its adapters, loaded at first use."""
         if self._model is None:
             base = self.load_model()
-            self._model = unfreeze(base) if self.lora is None else self.inject_lora(base)
+            self._model = unfreeze_last(base, self.trainable_layers) if self.lora is None else self.inject_lora(base)
             log.info("%s: %s", self.name, str(self.parameter_stats).rpartition("\n")[2])
         return self._model
 
@@ -156,12 +167,13 @@ class CausalLMModule(TrainerModule):
         An unpadded batch takes a forward of its own (`unpadded.py`), which `takes_unpadded` allows, and no `forward`.
         Raises ModelError where parts of a padded batch's forward are to be run again.
         """
-        if hasattr(batch, "cells"):
-            states = hidden_states(self.model, batch, self.recomputation(batch))
-            return head_loss(self.model, states, batch, self.settings["vocab_size"])
-        if self.model.training and self.recompute not in ("auto", "none"):
-            raise ModelError(f'recompute="{self.recompute}" needs unpadded batches; use "auto" or "none".')
-        return next_token_loss(self.forward(batch), batch.labels, accuracy=not self.model.training)
+        with noisy_embeddings(self.model, batch, self.neftune_noise_alpha):
+            if hasattr(batch, "cells"):
+                states = hidden_states(self.model, batch, self.recomputation(batch))
+                return head_loss(self.model, states, batch, self.settings["vocab_size"])
+            if self.model.training and self.recompute not in ("auto", "none"):
+                raise ModelError(f'recompute="{self.recompute}" needs unpadded batches; use "auto" or "none".')
+            return next_token_loss(self.forward(batch), batch.labels, accuracy=not self.model.training)
 
     def recomputation(self, batch: Any) -> Policy:
         """What the gradient of unpadded batches of this shape runs again: `recompute`, for "auto" as little as fits.
@@ -202,8 +214,9 @@ class CausalLMModule(TrainerModule):
     def fingerprint(self) -> Mapping[str, Any]:
         """Return method, adapters, type and learning rate; the base model is told by its parameters themselves."""
         lora = {} if self.lora is None else told(self.lora)
-        names = ("learning_rate", "schedule", "warmup_steps", "weight_decay")
+        names = ("learning_rate", "schedule", "warmup_steps", "weight_decay", "loraplus_lr_ratio")
         optimization = {name: self._optimization[name] for name in names}
+        optimization |= {name: getattr(self, name) for name in ("neftune_noise_alpha", "trainable_layers")}
         return {"method": "full" if self.lora is None else "lora", "dtype": self.dtype, **lora, **optimization}
 
     def count(self, batch: Any) -> Mapping[str, int]:
@@ -287,6 +300,14 @@ def check_recompute(recompute: str) -> None:
     """Raise ModelError for an unknown policy."""
     if recompute not in ("auto", *POLICIES):
         raise ModelError(f"recompute {recompute!r} is unknown; it is one of auto, {', '.join(POLICIES)}.")
+
+
+def check_method(*, full: bool, **options: float | None) -> None:
+    """Raise ModelError for an option that the other method has."""
+    wrong = "loraplus_lr_ratio" if full else "trainable_layers"
+    if options[wrong] is not None:
+        method, other = ("full fine-tuning", "LoRA") if full else ("LoRA", "full fine-tuning (lora=None)")
+        raise ModelError(f"{wrong} is for {other}, and does nothing in {method}; leave it out.")
 
 
 def check_dtype(dtype: str, *, full: bool) -> None:
