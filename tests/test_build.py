@@ -198,10 +198,7 @@ CHANGED: dict[str, object] = {
     "run.tensorboard": False,
     "run.ledger": True,
 }
-NEEDED_TOO: dict[str, dict[str, object]] = {
-    "evaluation.sample_tokens": {"evaluation.sample_prompts": ["Who?"]},
-    "training.trainable_layers": {"training.method": "full"},
-}
+NEEDED_TOO: dict[str, dict[str, object]] = {"evaluation.sample_tokens": {"evaluation.sample_prompts": ["Who?"]}}
 
 
 @pytest.mark.parametrize("key", CHANGED)

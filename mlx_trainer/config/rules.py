@@ -29,8 +29,8 @@ def _contradictions(config: "Config") -> Iterator[str]:
         )
     if config.training.method == "full" and config.training.loraplus_lr_ratio is not None:
         yield "training.loraplus_lr_ratio is for adapters; leave it out, or set training.method to lora"
-    if config.training.method == "lora" and config.training.trainable_layers is not None:
-        yield "training.trainable_layers is for all weights of a block; leave it out, or set training.method to full"
+    if config.lora.layers_to_transform is not None and config.training.trainable_layers is not None:
+        yield "training.trainable_layers and lora.layers_to_transform both choose blocks; leave one of them out"
     if data.layout == "padded" and config.training.recompute not in ("auto", "none"):
         yield (
             f"training.recompute {config.training.recompute} needs unpadded batches; "

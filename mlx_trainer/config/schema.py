@@ -116,9 +116,7 @@ class TrainingConfig:
         None,
         Range(above=0, below=1),
     )
-    trainable_layers: int | None = option(
-        "With method full, train the last so many blocks alone; null: everything", None, COUNT
-    )
+    trainable_layers: int | None = option("Only the last so many blocks train, or get adapters; null: all", None, COUNT)
     max_grad_norm: float | None = option("Gradients are scaled down to this global norm", 1.0, Range(above=0))
     nan_patience: int = option("Steps in a row whose numbers are not finite, after which the run ends", 3, COUNT)
     nan_rollback: bool = option("After these, go back to the newest checkpoint and on with other rows", False)

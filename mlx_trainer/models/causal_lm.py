@@ -18,7 +18,7 @@ from mlx_trainer.models import adapters, generation, loading, memory, provenance
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.head import head_loss
 from mlx_trainer.models.hf_config import ModelSettings, read_config, vocabulary_size
-from mlx_trainer.models.last_layers import unfreeze_last
+from mlx_trainer.models.last_layers import on_last, unfreeze_last
 from mlx_trainer.models.lora import inject_lora
 from mlx_trainer.models.loss import next_token_loss
 from mlx_trainer.models.neftune import noisy_embeddings
@@ -35,7 +35,7 @@ log = logging.getLogger("mlx_trainer.models")
 class CausalLMModule(TrainerModule):
     """A causal language model with LoRA adapters (`lora=None`: all weights train), its tokenizer, loss and generation.
 
-    Of the full weights, `trainable_layers` lets the last so many blocks train alone; `loraplus_lr_ratio` and
+    `trainable_layers` lets the last so many blocks train alone, in full or by adapters; `loraplus_lr_ratio` and
     `neftune_noise_alpha` are told of in `optim.LoRAPlus` and `neftune.py`.
 
     Cheap to construct: the tokenizer is loaded at first use, the model at first use or `setup`. Each of `load_model`,
@@ -70,7 +70,7 @@ class CausalLMModule(TrainerModule):
     ) -> None:
         check_dtype(dtype, full=lora is None)
         check_recompute(recompute)
-        check_method(full=lora is None, loraplus_lr_ratio=loraplus_lr_ratio, trainable_layers=trainable_layers)
+        check_method(lora, loraplus_lr_ratio, trainable_layers)
         self.name = os.fspath(model_name_or_path)
         self.lora = lora
         self.dtype = dtype
@@ -151,7 +151,7 @@ class CausalLMModule(TrainerModule):
 
     def inject_lora(self, model: nn.Module) -> nn.Module:
         """Freeze `model` and put adapters on the layers that `lora.target_modules` name."""
-        return inject_lora(model, self.lora or LoRAConfig(), seed=self.seed)
+        return inject_lora(model, on_last(model, self.lora or LoRAConfig(), self.trainable_layers), seed=self.seed)
 
     def forward(self, batch: Any) -> mx.array:
         """Return the logits, (rows, length, vocabulary), of a padded batch.
@@ -302,12 +302,12 @@ def check_recompute(recompute: str) -> None:
         raise ModelError(f"recompute {recompute!r} is unknown; it is one of auto, {', '.join(POLICIES)}.")
 
 
-def check_method(*, full: bool, **options: float | None) -> None:
-    """Raise ModelError for an option that the other method has."""
-    wrong = "loraplus_lr_ratio" if full else "trainable_layers"
-    if options[wrong] is not None:
-        method, other = ("full fine-tuning", "LoRA") if full else ("LoRA", "full fine-tuning (lora=None)")
-        raise ModelError(f"{wrong} is for {other}, and does nothing in {method}; leave it out.")
+def check_method(lora: LoRAConfig | None, loraplus_lr_ratio: float | None, trainable_layers: int | None) -> None:
+    """Raise ModelError for an option without adapters that is for them, and for blocks that are named twice."""
+    if lora is None and loraplus_lr_ratio is not None:
+        raise ModelError("loraplus_lr_ratio is for adapters, and lora=None has none; leave it out.")
+    if lora is not None and lora.layers_to_transform is not None and trainable_layers is not None:
+        raise ModelError("trainable_layers and lora.layers_to_transform both choose blocks; leave one of them out.")
 
 
 def check_dtype(dtype: str, *, full: bool) -> None:

@@ -1,11 +1,13 @@
-"""Fine-tuning the last blocks of a model in full, all that stands before and after them frozen."""
+"""Training the last blocks of a model alone, in full or by adapters: all before and after them stays frozen."""
 
 import re
 from collections.abc import Iterable
 
 import mlx.nn as nn
+from attrs import evolve
 from mlx.utils import tree_flatten
 
+from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.lora import unfreeze
 
@@ -23,6 +25,14 @@ def unfreeze_last(model: nn.Module, count: int | None = None) -> nn.Module:
     for block in last_blocks(model, count):
         unfreeze(block)
     return model
+
+
+def on_last(model: nn.Module, lora: LoRAConfig, count: int | None) -> LoRAConfig:
+    """Return `lora` for the last `count` blocks of `model`, by their `layers_to_transform`; raises as the others do."""
+    if count is None:
+        return lora
+    first = len(model.layers) - len(last_blocks(model, count))
+    return evolve(lora, layers_to_transform=tuple(range(first, len(model.layers))))
 
 
 def last_blocks(model: nn.Module, count: int) -> list[nn.Module]:

@@ -77,6 +77,19 @@ def test_the_backward_pass_ends_at_the_first_block_that_trains(
     assert len(backward) == count
 
 
+def test_adapters_can_be_on_the_last_blocks_alone(tmp_path: Path) -> None:
+    """For LoRA the same option means the numbers of these blocks, as `layers_to_transform` has them."""
+    tiny_mistral(tmp_path, layers=4)
+    by_count = module_in(tmp_path, lora=LoRAConfig(rank=4), trainable_layers=2)
+    by_number = module_in(tmp_path, lora=LoRAConfig(rank=4, layers_to_transform=[2, 3]))
+    names = set(trainable(by_count.model))
+    assert {name.split(".")[2] for name in names} == {"2", "3"}
+    assert changed(arrays(by_number), by_count) == set()
+    before = arrays(by_count)
+    train(by_count, 2)
+    assert changed(before, by_count) == names
+
+
 def test_memory_is_estimated_for_the_blocks_that_train(tmp_path: Path) -> None:
     """Nothing is kept for gradients in frozen blocks before the first that trains, nor any optimizer state."""
     needed = [last(tmp_path / "base", n, recompute="none")._estimate(from_tree(to_tree(BATCH))) for n in (1, 2, 4)]
@@ -119,9 +132,9 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     tiny_mistral(tmp_path / "packed", bits=4)
     with pytest.raises(ModelError, match="cannot train packed weights"):
         last(tmp_path / "packed", 1)
-    with pytest.raises(ModelError, match="trainable_layers is for full fine-tuning"):
-        CausalLMModule("x", lora=LoRAConfig(), trainable_layers=2)
-    with pytest.raises(ModelError, match="loraplus_lr_ratio is for LoRA"):
+    with pytest.raises(ModelError, match=r"trainable_layers and lora\.layers_to_transform both choose blocks"):
+        CausalLMModule("x", lora=LoRAConfig(layers_to_transform=[1]), trainable_layers=2)
+    with pytest.raises(ModelError, match="loraplus_lr_ratio is for adapters"):
         CausalLMModule("x", lora=None, dtype="float32", loraplus_lr_ratio=16.0)
 
 
