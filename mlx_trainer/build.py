@@ -30,8 +30,8 @@ from mlx_trainer.callbacks import (
 from mlx_trainer.config import Config, ConfigError, DataConfig, ModelConfig, unwise
 from mlx_trainer.data import DataPipeline, DataReport, render, report_on
 from mlx_trainer.evaluation import EvalMetrics
-from mlx_trainer.models import CausalLMModule, MistralLoRAModule
-from mlx_trainer.models.adapters import TENSORS, lora_of
+from mlx_trainer.models import AdaLoRAModule, CausalLMModule, MistralLoRAModule
+from mlx_trainer.models.adapter_config import TENSORS, lora_of
 from mlx_trainer.models.last_layers import blocks_named, unfreeze_last
 from mlx_trainer.models.loading import open_tensors
 from mlx_trainer.monitoring import (
@@ -141,6 +141,8 @@ def build_module(config: Config) -> CausalLMModule:
     }
     own = {"lora": lora, "recompute": training.recompute, "seed": config.data.seed}
     arguments = base_arguments(config.model) | optimization | own
+    if config.adalora.target_r is not None:
+        return AdaLoRAModule(config.model.model_name, adalora=config.adalora, **arguments)
     module = CausalLMModule(config.model.model_name, **arguments)
     if lora is not None and module.settings["model_type"] == "mistral":
         return MistralLoRAModule(config.model.model_name, **arguments)

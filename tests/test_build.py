@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import asdict
 
 from mlx_trainer import build, cli, run_folder
 from mlx_trainer.checkpoint import CheckpointError
-from mlx_trainer.config import Config, ConfigError, LoRAConfig, ModelConfig, load_config
+from mlx_trainer.config import AdaLoRAConfig, Config, ConfigError, LoRAConfig, ModelConfig, load_config
 from mlx_trainer.config.keys import keys
 from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
 from mlx_trainer.trainer import Trainer, TrainingError
@@ -81,6 +82,7 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "lora.init_lora_weights": lora.init_lora_weights,
         "lora.rank_pattern": lora.rank_pattern,
         "lora.alpha_pattern": lora.alpha_pattern,
+        **{f"adalora.{name}": value for name, value in asdict(getattr(module, "adalora", AdaLoRAConfig())).items()},
         "training.method": "full" if module.lora is None else "lora",
         "training.batch_size": data["batch_size"],
         "training.batch_tokens": data["batch_tokens"],
@@ -149,6 +151,13 @@ CHANGED: dict[str, object] = {
     "lora.init_lora_weights": "olora",
     "lora.rank_pattern": {"v_proj": 2},
     "lora.alpha_pattern": {"v_proj": 2.0},
+    "adalora.target_r": 1,
+    "adalora.tinit": 1,
+    "adalora.tfinal": 1,
+    "adalora.deltaT": 3,
+    "adalora.beta1": 0.5,
+    "adalora.beta2": 0.5,
+    "adalora.orth_reg_weight": 0.25,
     "training.method": "full",
     "training.batch_size": 3,
     "training.batch_tokens": 4096,
@@ -198,7 +207,13 @@ CHANGED: dict[str, object] = {
     "run.tensorboard": False,
     "run.ledger": True,
 }
-NEEDED_TOO: dict[str, dict[str, object]] = {"evaluation.sample_tokens": {"evaluation.sample_prompts": ["Who?"]}}
+NEEDED_TOO: dict[str, dict[str, object]] = {
+    "evaluation.sample_tokens": {"evaluation.sample_prompts": ["Who?"]},
+    **{
+        f"adalora.{name}": {"adalora.target_r": 2}
+        for name in ("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+    },
+}
 
 
 @pytest.mark.parametrize("key", CHANGED)

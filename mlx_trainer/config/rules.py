@@ -31,6 +31,7 @@ def _contradictions(config: "Config") -> Iterator[str]:
         yield "training.loraplus_lr_ratio is for adapters; leave it out, or set training.method to lora"
     if config.lora.layers_to_transform is not None and config.training.trainable_layers is not None:
         yield "training.trainable_layers and lora.layers_to_transform both choose blocks; leave one of them out"
+    yield from _adalora_contradictions(config)
     if data.layout == "padded" and config.training.recompute not in ("auto", "none"):
         yield (
             f"training.recompute {config.training.recompute} needs unpadded batches; "
@@ -47,6 +48,28 @@ def _contradictions(config: "Config") -> Iterator[str]:
                 f"data.validation_path has {path!r}, which is in data.dataset_path too: a loss on trained rows says "
                 "nothing; leave it out, and data.train_split holds rows back"
             )
+
+
+def _adalora_contradictions(config: "Config") -> Iterator[str]:
+    adalora, lora, training = config.adalora, config.lora, config.training
+    if adalora.target_r is None:
+        for field in fields(type(adalora)):
+            if getattr(adalora, field.name) != field.default:
+                yield f"adalora.{field.name} does nothing without adalora.target_r; set that, or leave it out"
+        return
+    if training.method == "full":
+        yield "adalora.target_r is for adapters; leave it out, or set training.method to lora"
+    if adalora.target_r > lora.rank:
+        yield f"adalora.target_r {adalora.target_r} is above lora.rank ({lora.rank}), which ranks begin at"
+    if lora.use_dora or lora.init_lora_weights != "default":
+        yield "adalora.target_r has a start and layers of its own; leave out lora.use_dora and lora.init_lora_weights"
+    if training.ema_decay is not None:
+        yield "training.ema_decay would bring back the ranks that adalora.target_r takes away; leave one of them out"
+    if training.max_steps is not None and adalora.tinit + adalora.tfinal >= training.max_steps:
+        yield (
+            f"adalora.tinit {adalora.tinit} and adalora.tfinal {adalora.tfinal} leave none of training.max_steps "
+            f"({training.max_steps}) for ranks to fall; lower them"
+        )
 
 
 def _unwise_optimization(config: "Config") -> Iterator[str]:

@@ -89,6 +89,22 @@ class LoRAConfig:
 
 
 @frozen
+class AdaLoRAConfig:
+    """Adapters whose ranks fall from `lora.rank` to `target_r` on average (https://arxiv.org/abs/2303.10512).
+
+    The names are PEFT's.
+    """
+
+    target_r: int | None = option("Mean rank that is left at the end (AdaLoRA); null: lora.rank for all", None, COUNT)
+    tinit: int = option("Steps before ranks begin to fall", 0, NOT_NEGATIVE)
+    tfinal: int = option("Steps at the end in which the ranks left are final", 0, NOT_NEGATIVE)
+    deltaT: int = option("Steps from one allocation of ranks to the next", 1, COUNT)
+    beta1: float = option("Share of the old in the smoothed importance", 0.85, Range(above=0, below=1))
+    beta2: float = option("Share of the old in how much importance varies", 0.85, Range(above=0, below=1))
+    orth_reg_weight: float = option("Weight in the loss of how far P and Q are from orthogonal", 0.5, NOT_NEGATIVE)
+
+
+@frozen
 class TrainingConfig:
     """The optimization, and how often a run saves, evaluates and logs (in optimizer steps)."""
 
@@ -201,6 +217,7 @@ class Config:
 
     model: ModelConfig = field(factory=ModelConfig)
     lora: LoRAConfig = field(factory=LoRAConfig)
+    adalora: AdaLoRAConfig = field(factory=AdaLoRAConfig)
     training: TrainingConfig = field(factory=TrainingConfig)
     data: DataConfig = field(kw_only=True)
     evaluation: EvaluationConfig = field(factory=EvaluationConfig)

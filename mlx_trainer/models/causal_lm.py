@@ -258,7 +258,8 @@ class CausalLMModule(TrainerModule):
 
     def save(self, directory: Path) -> None:
         """Write what trains into `directory`, in mlx-lm's adapter layout."""
-        adapters.save_adapters(self.model, directory, base=self.name, lora=self.lora)
+        lora = None if self.lora is None else on_last(self.model, self.lora, self.trainable_layers)
+        adapters.save_adapters(self.model, directory, base=self.name, lora=lora)
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote; raises ModelError, and changes nothing, where it does not fit."""
