@@ -53,9 +53,6 @@ def _contradictions(config: "Config") -> Iterator[str]:
 def _adalora_contradictions(config: "Config") -> Iterator[str]:
     adalora, lora, training = config.adalora, config.lora, config.training
     if adalora.target_r is None:
-        for field in fields(type(adalora)):
-            if getattr(adalora, field.name) != field.default:
-                yield f"adalora.{field.name} does nothing without adalora.target_r; set that, or leave it out"
         return
     if training.method == "full":
         yield "adalora.target_r is for adapters; leave it out, or set training.method to lora"
@@ -125,7 +122,10 @@ def _unwise_batches(config: "Config") -> Iterator[str]:
 def _unwise_adapters(config: "Config") -> Iterator[str]:
     if config.training.method == "full":
         return
-    lora = config.lora
+    lora, adalora = config.lora, config.adalora
+    for field in fields(type(adalora)) if adalora.target_r is None else ():
+        if getattr(adalora, field.name) != field.default:
+            yield f"adalora.{field.name} has no effect without adalora.target_r; set that, or leave it out"
     if lora.rank > 256:
         yield f"lora.rank {lora.rank} is nearly as costly as training.method full; 8 to 64 are usual"
     if lora.scale > 8:

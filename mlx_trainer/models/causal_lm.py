@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from attrs import asdict
 from mlx.optimizers import Optimizer
 
 from mlx_trainer import runtime
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models import adapters, generation, loading, memory, provenance, source
+from mlx_trainer.models.arguments import check_dtype, check_method, check_recompute, told
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.head import head_loss
 from mlx_trainer.models.hf_config import ModelSettings, read_config, vocabulary_size
@@ -23,7 +23,7 @@ from mlx_trainer.models.lora import inject_lora
 from mlx_trainer.models.loss import next_token_loss
 from mlx_trainer.models.neftune import noisy_embeddings
 from mlx_trainer.models.parameters import ParameterStats, parameter_stats
-from mlx_trainer.models.recomputation import POLICIES, Policy
+from mlx_trainer.models.recomputation import Policy
 from mlx_trainer.models.token_ids import check_ids, check_tokenizer
 from mlx_trainer.models.unpadded import hidden_states, takes_unpadded
 from mlx_trainer.module import LossOutput, TrainerModule
@@ -288,34 +288,3 @@ class CausalLMModule(TrainerModule):
         if not Path(self.name).expanduser().is_dir():
             self._commit = source.commit_of(found)  # tokenizer and weights are of one commit, should the branch move
         return found
-
-
-def told(lora: LoRAConfig) -> dict[str, Any]:
-    """Return the options of `lora` by the names of a fingerprint; younger ones where they are not the default."""
-    always = ("rank", "alpha", "dropout", "target_modules")
-    options = asdict(lora, filter=lambda option, value: option.name in always or value != option.default)
-    return {f"lora_{name}": value for name, value in options.items()}
-
-
-def check_recompute(recompute: str) -> None:
-    """Raise ModelError for an unknown policy."""
-    if recompute not in ("auto", *POLICIES):
-        raise ModelError(f"recompute {recompute!r} is unknown; it is one of auto, {', '.join(POLICIES)}.")
-
-
-def check_method(lora: LoRAConfig | None, loraplus_lr_ratio: float | None, trainable_layers: int | None) -> None:
-    """Raise ModelError for an option without adapters that is for them, and for blocks that are named twice."""
-    if lora is None and loraplus_lr_ratio is not None:
-        raise ModelError("loraplus_lr_ratio is for adapters, and lora=None has none; leave it out.")
-    if lora is not None and lora.layers_to_transform is not None and trainable_layers is not None:
-        raise ModelError("trainable_layers and lora.layers_to_transform both choose blocks; leave one of them out.")
-
-
-def check_dtype(dtype: str, *, full: bool) -> None:
-    """Raise ModelError for an unknown type, and for full fine-tuning in float16, where Adam's 1e-8 is 0 and divides."""
-    if dtype not in loading.DTYPES:
-        raise ModelError(f"dtype {dtype!r} is unknown; it is one of {', '.join(loading.DTYPES)}.")
-    if full and dtype == "float16":
-        raise ModelError(
-            'Full fine-tuning (lora=None) in float16 loses its updates; use dtype="float32" or "bfloat16".'
-        )

@@ -12,8 +12,8 @@ import pytest
 from attrs import evolve
 from mlx.utils import tree_flatten
 
-from mlx_trainer import LambdaCallback, Trainer, build
-from mlx_trainer.config import AdaLoRAConfig, LoRAConfig, ModelConfig, load_config
+from mlx_trainer import DataPipeline, ModelCheckpoint, Trainer, build
+from mlx_trainer.config import AdaLoRAConfig, LoRAConfig, ModelConfig
 from mlx_trainer.data.batches.padded import collate
 from mlx_trainer.data.batches.shapes import Shape
 from mlx_trainer.data.batches.unpadded import collate_unpadded
@@ -107,71 +107,46 @@ def test_the_gradient_is_that_of_the_three_factors(tmp_path: Path) -> None:
         assert gradients[f"model.layers.1.mlp.up_proj.{name}"][at].item() == pytest.approx(expected, rel=0.05, abs=0.02)
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in a folder with a tiny model and eight chats of uneven length."""
-    monkeypatch.chdir(tmp_path)
-    tiny_mistral(tmp_path / "base")
+def run(folder: Path) -> tuple[AdaLoRAModule, Any]:
+    """Train 8 steps on uneven rows, two of them after the last allocation."""
+    tiny_mistral(folder / "base")
     rows = [{"prompt": "dog " * n, "completion": f"the sum is {n}"} for n in range(1, 9)]
-    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
-def run(folder: str, steps: int, **more: object) -> Any:
-    """Train so many of 8 steps, as `more` says, with a checkpoint every third."""
-    options = {
-        "model.model_name": "base", "model.dtype": "float32", "model.max_seq_length": 64, "lora.rank": 4,
-        "lora.dropout": 0.1, "adalora.target_r": 2, "adalora.tinit": 1, "adalora.tfinal": 2, "adalora.deltaT": 2,
-        "training.batch_size": 2, "training.gradient_accumulation_steps": 1, "training.schedule": "constant",
-        "training.warmup_steps": 0, "training.learning_rate": 1e-2, "training.save_steps": 3, "training.max_steps": 8,
-        "training.num_epochs": 9, "training.logging_steps": 1, "data.dataset_path": "chats.jsonl",
-        "data.train_split": 1.0, "run.directory": folder, "run.tensorboard": False,
-    }  # fmt: skip
-    config = load_config(overrides=options | more)
-    module = build.build_module(config)
-    module.setup("fit")
-
-    def stop(trainer: Trainer, module: Any, step: int) -> None:
-        if step == steps:
-            trainer.request_stop("enough")
-
-    trainer = build.build_trainer(config, Path(folder), LambdaCallback("stop", on_step_end=stop), evaluating=False)
-    return module, trainer.fit(module, build.build_data(config, module))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rules = AdaLoRAConfig(target_r=2, tinit=1, tfinal=2, deltaT=2)
+    lora = LoRAConfig(rank=4, dropout=0.1)
+    module = AdaLoRAModule(
+        folder / "base",
+        adalora=rules,
+        lora=lora,
+        dtype="float32",
+        learning_rate=0.01,
+        warmup_steps=0,
+        max_seq_length=64,
+    )
+    trainer = Trainer(max_steps=8, max_epochs=4, log_every=1, run_dir=folder / "run", callbacks=[ModelCheckpoint()])
+    return module, trainer.fit(module, DataPipeline(folder / "chats.jsonl", module.tokenizer, train_split=1.0))
 
 
 def test_a_run_ends_with_its_budget_and_an_adapter_that_mlx_lm_opens(
-    workplace: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of 4 layers with rank 4 there are 8 ranks left, told; mlx-lm and `generate` compute the same logits."""
     from mlx_lm.utils import load
 
     with caplog.at_level(logging.INFO, "mlx_trainer.models"):
-        module, result = run("run", 8)
+        module, result = run(tmp_path)
     layers = adapted_layers(module.model)
     left = [int((layer.lora_e != 0).sum().item()) for layer in layers.values()]
     assert (sum(left), len(left), result.metrics["train/rank"]) == (8, 4, 2.0)
     told = ", ".join(f"{left.count(rank)} of rank {rank}" for rank in sorted(set(left)))
     assert caplog.messages[-1] == f"AdaLoRA adapters: {told}"
     expected = np.array(module.model.eval()(IDS))
-    theirs, _ = load("base", adapter_path="run/adapter")
-    ours = build.trained_module(ModelConfig("base", dtype="float32"), "run/adapter")
-    base = build.trained_module(ModelConfig("base", dtype="float32"), None)
+    theirs, _ = load(str(tmp_path / "base"), adapter_path=str(tmp_path / "run" / "adapter"))
+    base = ModelConfig(str(tmp_path / "base"), dtype="float32")
+    ours, plain = (build.trained_module(base, adapter) for adapter in (str(tmp_path / "run" / "adapter"), None))
     assert np.abs(np.array(theirs(IDS)) - expected).max() <= 1e-5
     assert np.abs(np.array(ours.model(IDS)) - expected).max() <= 1e-5
-    assert np.abs(np.array(base.model(IDS)) - expected).max() > 1e-3
-
-
-def test_a_run_cut_in_two_is_bit_for_bit_one_that_was_not(workplace: Path) -> None:
-    """Factors, importance, ranks left and the adapter are the same after a stop in the middle of the allocation."""
-    run("whole", 8)
-    run("parts", 5)
-    run("parts", 8, **{"run.resume": "auto"})
-    newest = Path("checkpoints/step-00000008")
-    for name in ("weights.safetensors", "optimizer.safetensors", "adapters.safetensors"):
-        whole, parts = (mx.load(str(folder / newest / name)) for folder in (Path("whole"), Path("parts")))
-        assert whole.keys() == parts.keys()
-        assert all(mx.array_equal(whole[key], parts[key]).item() for key in whole)
-    assert any(key.startswith("adalora.variation.") for key in mx.load(str("whole" / newest / "optimizer.safetensors")))
+    assert np.abs(np.array(plain.model(IDS)) - expected).max() > 1e-3
 
 
 def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
