@@ -12,6 +12,7 @@ runtime.prepare()
 
 if TYPE_CHECKING:
     from mlx_trainer.callback import Callback as Callback
+    from mlx_trainer.callbacks import EMA as EMA
     from mlx_trainer.callbacks import EarlyStopping as EarlyStopping
     from mlx_trainer.callbacks import Evaluation as Evaluation
     from mlx_trainer.callbacks import GradientClipping as GradientClipping
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     from mlx_trainer.callbacks import ProgressBar as ProgressBar
     from mlx_trainer.callbacks import SampleGenerator as SampleGenerator
     from mlx_trainer.callbacks import TensorBoardLogger as TensorBoardLogger
+    from mlx_trainer.config import AdaLoRAConfig as AdaLoRAConfig
     from mlx_trainer.config import LoRAConfig as LoRAConfig
     from mlx_trainer.data import Batch as Batch
     from mlx_trainer.data import DataPipeline as DataPipeline
     from mlx_trainer.evaluation import EvalMetrics as EvalMetrics
     from mlx_trainer.evaluation import GeneratedSample as GeneratedSample
+    from mlx_trainer.models import AdaLoRAModule as AdaLoRAModule
     from mlx_trainer.models import CausalLMModule as CausalLMModule
     from mlx_trainer.models import MistralLoRAModule as MistralLoRAModule
     from mlx_trainer.module import LossOutput as LossOutput
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "callback": ("Callback",),
     "callbacks": (
+        "EMA",
         "EarlyStopping",
         "Evaluation",
         "GradientClipping",
@@ -54,10 +58,10 @@ _ROOMS = {
         "SampleGenerator",
         "TensorBoardLogger",
     ),
-    "config": ("LoRAConfig",),
+    "config": ("AdaLoRAConfig", "LoRAConfig"),
     "data": ("Batch", "DataPipeline"),
     "evaluation": ("EvalMetrics", "GeneratedSample"),
-    "models": ("CausalLMModule", "MistralLoRAModule"),
+    "models": ("AdaLoRAModule", "CausalLMModule", "MistralLoRAModule"),
     "module": ("LossOutput", "TrainerModule"),
     "trainer": ("Trainer", "TrainingResult"),
 }

@@ -13,6 +13,7 @@ from attrs import asdict, evolve
 
 from mlx_trainer.callback import Callback
 from mlx_trainer.callbacks import (
+    EMA,
     EarlyStopping,
     Evaluation,
     GradientClipping,
@@ -29,8 +30,10 @@ from mlx_trainer.callbacks import (
 from mlx_trainer.config import Config, ConfigError, DataConfig, ModelConfig, unwise
 from mlx_trainer.data import DataPipeline, DataReport, render, report_on
 from mlx_trainer.evaluation import EvalMetrics
-from mlx_trainer.models import CausalLMModule, MistralLoRAModule
-from mlx_trainer.models.adapters import lora_of
+from mlx_trainer.models import AdaLoRAModule, CausalLMModule, MistralLoRAModule
+from mlx_trainer.models.adapter_config import TENSORS, lora_of
+from mlx_trainer.models.last_layers import blocks_named, unfreeze_last
+from mlx_trainer.models.loading import open_tensors
 from mlx_trainer.monitoring import (
     make_folder,
     setup_logging,
@@ -132,9 +135,14 @@ def build_module(config: Config) -> CausalLMModule:
         "schedule": training.schedule,
         "warmup_steps": training.warmup_steps,
         "weight_decay": training.weight_decay,
+        "loraplus_lr_ratio": training.loraplus_lr_ratio,
+        "neftune_noise_alpha": training.neftune_noise_alpha,
+        "trainable_layers": training.trainable_layers,
     }
     own = {"lora": lora, "recompute": training.recompute, "seed": config.data.seed}
     arguments = base_arguments(config.model) | optimization | own
+    if config.adalora.target_r is not None:
+        return AdaLoRAModule(config.model.model_name, adalora=config.adalora, **arguments)
     module = CausalLMModule(config.model.model_name, **arguments)
     if lora is not None and module.settings["model_type"] == "mistral":
         return MistralLoRAModule(config.model.model_name, **arguments)
@@ -148,6 +156,8 @@ def trained_module(model: ModelConfig, adapter: str | None) -> CausalLMModule:
     name = model.model_name
     module = BaseModel(name, **arguments) if lora is None else CausalLMModule(name, lora=lora, **arguments)
     if adapter is not None:
+        if lora is None:
+            unfreeze_last(module.model, blocks_named(open_tensors(Path(adapter) / TENSORS)))
         module.load(Path(adapter))
     return module
 
@@ -248,6 +258,8 @@ def build_callbacks(config: Config, *, evaluating: bool = True) -> list[Callback
     if evaluation.sample_prompts:
         every = None if evaluating else training.eval_steps  # None: at each evaluation
         callbacks.append(SampleGenerator(evaluation.sample_prompts, every=every, max_tokens=evaluation.sample_tokens))
+    if training.ema_decay is not None:
+        callbacks.append(EMA(training.ema_decay))
     if config.run.tensorboard:
         callbacks.append(TensorBoardLogger())
     if config.run.ledger:

@@ -173,6 +173,10 @@ class Callback:
         """What of it decides on the trained numbers: a resumed run must have the same, or be allowed the change."""
         return {self.name: "transforms gradients"} if overrides(self, "transform_gradients") else {}
 
+    def result_parameters(self, module: "TrainerModule") -> Any:
+        """A tree of what the finished result holds in place of the trained parameters, such as an average of them."""
+        return {}
+
     def latest_checkpoint(self) -> Path | None:
         """The newest good checkpoint of this run, for `resume="auto"`; only what writes checkpoints knows one."""
         return None

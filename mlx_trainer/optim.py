@@ -4,11 +4,13 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Collection
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
 from attrs import frozen
 from mlx.optimizers import Optimizer
+from mlx.utils import tree_map_with_path
 
 log = logging.getLogger("mlx_trainer.optim")
 
@@ -92,11 +94,60 @@ def build_optimizer(
     weight_decay: float = 0.01,
     betas: tuple[float, float] | None = None,
     minimum_ratio: float = 0.0,
+    loraplus_lr_ratio: float | None = None,
 ) -> Optimizer:
-    """Return the optimizer `name` whose learning rate follows `schedule`, see `build_schedule`; raises ValueError."""
+    """Return the optimizer `name` whose learning rate follows `schedule`, see `build_schedule`; raises ValueError.
+
+    With `loraplus_lr_ratio` it is a `LoRAPlus` too.
+    """
     make = OPTIMIZERS[known("optimizer", name, OPTIMIZERS)]
     rate = build_schedule(schedule, learning_rate, total_steps, warmup_steps, minimum_ratio)
-    return make(Settings(rate, weight_decay, betas))
+    optimizer = make(Settings(rate, weight_decay, betas))
+    return optimizer if loraplus_lr_ratio is None else with_loraplus(optimizer, loraplus_lr_ratio)
+
+
+class LoRAPlus(Optimizer):
+    """Any optimizer, but `lora_b` learns at `loraplus_lr_ratio` times the learning rate (https://arxiv.org/abs/2402.12354).
+
+    Vectors, such as DoRA's magnitudes, learn with `lora_b`, as in PEFT's `create_loraplus_optimizer`. A schedule moves
+    both rates, and weight decay, which each optimizer multiplies by the rate, goes with them. The learning rate that
+    is logged is that of `lora_a`. MLX's `MultiOptimizer` would make a new `state` whenever it is looked at, which a
+    compiled step cannot capture.
+    """
+
+    loraplus_lr_ratio: float
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        """Return the updated parameters, a tree like `gradients`."""
+        if not self._initialized:
+            self.init(gradients)
+        super().apply_gradients({}, {})  # the schedule and the count of steps
+        rate = self.learning_rate
+        faster = self.loraplus_lr_ratio * rate
+
+        def apply(path: str, gradient: mx.array, parameter: mx.array, state: Any) -> mx.array:
+            self.state["learning_rate"] = faster if learns_faster(path, gradient) else rate
+            updated: mx.array = self.apply_single(gradient, parameter, state)
+            return updated
+
+        updated = tree_map_with_path(apply, gradients, parameters, self.state)
+        self.state["learning_rate"] = rate
+        return updated
+
+
+def with_loraplus(optimizer: Optimizer, ratio: float) -> Optimizer:
+    """Return `optimizer`, now a `LoRAPlus` as well; raises ValueError for a ratio that is not above 0."""
+    if not ratio > 0:
+        raise ValueError(f"loraplus_lr_ratio is {ratio}; it must be above 0, and 16 is usual.")
+    kind = type(optimizer)
+    optimizer.__class__ = type(kind.__name__, (LoRAPlus, kind), {})
+    vars(optimizer)["loraplus_lr_ratio"] = ratio  # among its constants, which a resumed run is compared by
+    return optimizer
+
+
+def learns_faster(path: str, parameter: mx.array) -> bool:
+    """Whether LoRA+ gives the parameter at `path` the higher rate."""
+    return path.endswith("lora_b") or parameter.ndim == 1
 
 
 def build_schedule(

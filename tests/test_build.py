@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import asdict
 
 from mlx_trainer import build, cli, run_folder
 from mlx_trainer.checkpoint import CheckpointError
-from mlx_trainer.config import Config, ConfigError, LoRAConfig, ModelConfig, load_config
+from mlx_trainer.config import AdaLoRAConfig, Config, ConfigError, LoRAConfig, ModelConfig, load_config
 from mlx_trainer.config.keys import keys
 from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
 from mlx_trainer.trainer import Trainer, TrainingError
@@ -81,6 +82,7 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "lora.init_lora_weights": lora.init_lora_weights,
         "lora.rank_pattern": lora.rank_pattern,
         "lora.alpha_pattern": lora.alpha_pattern,
+        **{f"adalora.{name}": value for name, value in asdict(getattr(module, "adalora", AdaLoRAConfig())).items()},
         "training.method": "full" if module.lora is None else "lora",
         "training.batch_size": data["batch_size"],
         "training.batch_tokens": data["batch_tokens"],
@@ -92,6 +94,10 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "training.learning_rate": module._optimization["learning_rate"],
         "training.warmup_steps": module._optimization["warmup_steps"],
         "training.weight_decay": module._optimization["weight_decay"],
+        "training.loraplus_lr_ratio": module._optimization["loraplus_lr_ratio"],
+        "training.neftune_noise_alpha": module.neftune_noise_alpha,
+        "training.ema_decay": by_name["EMA"].decay if "EMA" in by_name else None,
+        "training.trainable_layers": module.trainable_layers,
         "training.max_grad_norm": by_name["GradientClipping"].max_norm if "GradientClipping" in by_name else None,
         "training.nan_patience": by_name["NaNGuard"].patience,
         "training.nan_rollback": by_name["NaNGuard"].rollback,
@@ -145,6 +151,13 @@ CHANGED: dict[str, object] = {
     "lora.init_lora_weights": "olora",
     "lora.rank_pattern": {"v_proj": 2},
     "lora.alpha_pattern": {"v_proj": 2.0},
+    "adalora.target_r": 1,
+    "adalora.tinit": 1,
+    "adalora.tfinal": 1,
+    "adalora.deltaT": 3,
+    "adalora.beta1": 0.5,
+    "adalora.beta2": 0.5,
+    "adalora.orth_reg_weight": 0.25,
     "training.method": "full",
     "training.batch_size": 3,
     "training.batch_tokens": 4096,
@@ -156,6 +169,10 @@ CHANGED: dict[str, object] = {
     "training.learning_rate": 3e-4,
     "training.warmup_steps": 1,
     "training.weight_decay": 0.5,
+    "training.loraplus_lr_ratio": 16.0,
+    "training.neftune_noise_alpha": 5.0,
+    "training.ema_decay": 0.9,
+    "training.trainable_layers": 1,
     "training.max_grad_norm": None,
     "training.nan_patience": 5,
     "training.nan_rollback": True,
@@ -190,7 +207,13 @@ CHANGED: dict[str, object] = {
     "run.tensorboard": False,
     "run.ledger": True,
 }
-NEEDED_TOO: dict[str, dict[str, object]] = {"evaluation.sample_tokens": {"evaluation.sample_prompts": ["Who?"]}}
+NEEDED_TOO: dict[str, dict[str, object]] = {
+    "evaluation.sample_tokens": {"evaluation.sample_prompts": ["Who?"]},
+    **{
+        f"adalora.{name}": {"adalora.target_r": 2}
+        for name in ("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+    },
+}
 
 
 @pytest.mark.parametrize("key", CHANGED)

@@ -2,9 +2,11 @@
 
 import logging
 import math
+from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx.optimizers import Optimizer
 
 from mlx_trainer.optim import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule
 
@@ -115,3 +117,71 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         build_optimizer("adamw", PEAK, schedule="cosin")
     with pytest.raises(ValueError, match="must be above 0, not 0"):
         build_optimizer("adamw", 0.0)
+
+
+def layer(seed: int) -> dict[str, Any]:
+    """Random arrays under the names of an adapted layer's parameters, one of them a vector as DoRA's magnitudes are."""
+    shapes = {"lora_a": (6, 2), "lora_b": (2, 5), "m": (5,)}
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
+    return {
+        "layers": [
+            {},
+            {name: mx.random.normal(shape, key=key) for key, (name, shape) in zip(keys, shapes.items(), strict=True)},
+        ]
+    }
+
+
+def moved(optimizer: Optimizer, updates: int = 1) -> dict[str, mx.array]:
+    """How far each parameter is from its start after so many updates with other gradients each."""
+    start = weights = layer(0)
+    for number in range(1, 1 + updates):
+        weights = optimizer.apply_gradients(layer(number), weights)
+    return {name: weights["layers"][1][name] - value for name, value in start["layers"][1].items()}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_loraplus_moves_lora_b_by_its_ratio(name: str) -> None:
+    """Of each optimizer the first update of lora_b, decay included, is 16 times as large, that of lora_a as it was."""
+    plain, plus = (moved(build_optimizer(name, 1e-3, weight_decay=0.1, loraplus_lr_ratio=r)) for r in (None, 16.0))
+    assert mx.array_equal(plus["lora_a"], plain["lora_a"]).item()
+    for each in ("lora_b", "m"):
+        assert mx.allclose(plus[each], 16 * plain[each], rtol=1e-3, atol=2e-6).item()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_loraplus_is_two_optimizers_of_two_rates(name: str) -> None:
+    """Under a schedule, bit for bit an optimizer at the rate for lora_a and another at 4 times that for lora_b."""
+    common = {"schedule": "cosine", "total_steps": 5, "warmup_steps": 2, "weight_decay": 0.1}
+    slow, fast = moved(build_optimizer(name, 2**-10, **common), 5), moved(build_optimizer(name, 2**-8, **common), 5)
+    plus = moved(optimizer := build_optimizer(name, 2**-10, **common, loraplus_lr_ratio=4.0), 5)
+    assert mx.array_equal(plus["lora_a"], slow["lora_a"]).item()
+    assert mx.array_equal(plus["lora_b"], fast["lora_b"]).item()
+    assert optimizer.step.item() == 5
+    assert optimizer.learning_rate.item() == build_schedule("cosine", 2**-10, 5, 2)(mx.array(4)).item()
+
+
+def test_loraplus_is_torchs_adamw_with_the_groups_of_peft() -> None:
+    """Three updates with decay give the parameters of torch's AdamW with two groups, to rounding."""
+    torch = pytest.importorskip("torch", reason="torch computes the reference; it is in the test extra")
+    ours = moved(build_optimizer("adamw", 1e-2, weight_decay=0.1, loraplus_lr_ratio=8.0), 3)
+    start = {name: torch.tensor(value.tolist()) for name, value in layer(0)["layers"][1].items()}
+    theirs = {name: value.clone().requires_grad_() for name, value in start.items()}
+    groups = [
+        {"params": [theirs["lora_a"]], "lr": 1e-2},
+        {"params": [theirs["lora_b"], theirs["m"]], "lr": 8e-2},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    for number in (1, 2, 3):
+        for name, gradient in layer(number)["layers"][1].items():
+            theirs[name].grad = torch.tensor(gradient.tolist())
+        optimizer.step()
+    for name, value in theirs.items():
+        assert (value - start[name]).detach().flatten().tolist() == pytest.approx(
+            ours[name].flatten().tolist(), abs=1e-5
+        )
+
+
+def test_loraplus_refuses_a_ratio_that_is_none() -> None:
+    """Zero would freeze lora_b, and is told."""
+    with pytest.raises(ValueError, match="loraplus_lr_ratio is 0; it must be above 0"):
+        build_optimizer("adamw", PEAK, loraplus_lr_ratio=0)

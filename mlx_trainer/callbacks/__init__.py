@@ -1,6 +1,7 @@
 """The callbacks that ship with the trainer, one file each. `docs/callbacks.md` tells how to write another."""
 
 from mlx_trainer.callbacks.early_stopping import EarlyStopping
+from mlx_trainer.callbacks.ema import EMA
 from mlx_trainer.callbacks.evaluation import Evaluation
 from mlx_trainer.callbacks.gradient_clipping import GradientClipping
 from mlx_trainer.callbacks.lambda_callback import LambdaCallback
@@ -15,6 +16,7 @@ from mlx_trainer.callbacks.sample_generator import SampleGenerator
 from mlx_trainer.callbacks.tensorboard_logger import TensorBoardLogger
 
 __all__ = [
+    "EMA",
     "EarlyStopping",
     "Evaluation",
     "GradientClipping",

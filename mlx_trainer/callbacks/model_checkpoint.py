@@ -195,6 +195,8 @@ class ModelCheckpoint(Callback):
         if trainer.step_output is None and same_files(result, self.store.latest()):
             logger.info("this run has ended already (%s): there is nothing left to do", trainer.stop_reason)
             return
+        for callback in trainer.events.callbacks:
+            module.model.update(callback.result_parameters(module))
 
         def save(directory: Path) -> None:
             module.save(directory)

@@ -5,6 +5,7 @@ from mlx_trainer.config.error import ConfigError
 from mlx_trainer.config.loading import deep_merge, load_config
 from mlx_trainer.config.rules import unwise
 from mlx_trainer.config.schema import (
+    AdaLoRAConfig,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -15,6 +16,7 @@ from mlx_trainer.config.schema import (
 )
 
 __all__ = [
+    "AdaLoRAConfig",
     "Config",
     "ConfigError",
     "DataConfig",

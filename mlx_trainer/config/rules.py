@@ -27,6 +27,11 @@ def _contradictions(config: "Config") -> Iterator[str]:
             "training.method full would lose its small updates in model.dtype float16; "
             "set model.dtype to float32 or bfloat16"
         )
+    if config.training.method == "full" and config.training.loraplus_lr_ratio is not None:
+        yield "training.loraplus_lr_ratio is for adapters; leave it out, or set training.method to lora"
+    if config.lora.layers_to_transform is not None and config.training.trainable_layers is not None:
+        yield "training.trainable_layers and lora.layers_to_transform both choose blocks; leave one of them out"
+    yield from _adalora_contradictions(config)
     if data.layout == "padded" and config.training.recompute not in ("auto", "none"):
         yield (
             f"training.recompute {config.training.recompute} needs unpadded batches; "
@@ -45,6 +50,25 @@ def _contradictions(config: "Config") -> Iterator[str]:
             )
 
 
+def _adalora_contradictions(config: "Config") -> Iterator[str]:
+    adalora, lora, training = config.adalora, config.lora, config.training
+    if adalora.target_r is None:
+        return
+    if training.method == "full":
+        yield "adalora.target_r is for adapters; leave it out, or set training.method to lora"
+    if adalora.target_r > lora.rank:
+        yield f"adalora.target_r {adalora.target_r} is above lora.rank ({lora.rank}), which ranks begin at"
+    if lora.use_dora or lora.init_lora_weights != "default":
+        yield "adalora.target_r has a start and layers of its own; leave out lora.use_dora and lora.init_lora_weights"
+    if training.ema_decay is not None:
+        yield "training.ema_decay would bring back the ranks that adalora.target_r takes away; leave one of them out"
+    if training.max_steps is not None and adalora.tinit + adalora.tfinal >= training.max_steps:
+        yield (
+            f"adalora.tinit {adalora.tinit} and adalora.tfinal {adalora.tfinal} leave none of training.max_steps "
+            f"({training.max_steps}) for ranks to fall; lower them"
+        )
+
+
 def _unwise_optimization(config: "Config") -> Iterator[str]:
     training = config.training
     highest = 1e-3 if training.method == "lora" else 1e-4
@@ -58,6 +82,16 @@ def _unwise_optimization(config: "Config") -> Iterator[str]:
         yield (
             f"training.warmup_steps {training.warmup_steps} does not fit training.max_steps ({training.max_steps}): "
             f"it will be cut to {training.max_steps // 10}"
+        )
+    if training.neftune_noise_alpha is not None and training.neftune_noise_alpha > 15:
+        yield (
+            f"training.neftune_noise_alpha {training.neftune_noise_alpha:g} is above the 15 that its paper tried; "
+            "5 is usual"
+        )
+    if training.loraplus_lr_ratio is not None and not 1 <= training.loraplus_lr_ratio <= 64:
+        yield (
+            f"training.loraplus_lr_ratio {training.loraplus_lr_ratio:g} lets lora_b learn at "
+            f"{training.loraplus_lr_ratio * training.learning_rate:g}; ratios of 4 to 16 are usual"
         )
     if training.max_grad_norm is None:
         yield "training.max_grad_norm is off: one bad batch can undo many steps; 1 is usual"
@@ -88,7 +122,10 @@ def _unwise_batches(config: "Config") -> Iterator[str]:
 def _unwise_adapters(config: "Config") -> Iterator[str]:
     if config.training.method == "full":
         return
-    lora = config.lora
+    lora, adalora = config.lora, config.adalora
+    for field in fields(type(adalora)) if adalora.target_r is None else ():
+        if getattr(adalora, field.name) != field.default:
+            yield f"adalora.{field.name} has no effect without adalora.target_r; set that, or leave it out"
     if lora.rank > 256:
         yield f"lora.rank {lora.rank} is nearly as costly as training.method full; 8 to 64 are usual"
     if lora.scale > 8:

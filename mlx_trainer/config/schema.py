@@ -89,6 +89,22 @@ class LoRAConfig:
 
 
 @frozen
+class AdaLoRAConfig:
+    """Adapters whose ranks fall from `lora.rank` to `target_r` on average (https://arxiv.org/abs/2303.10512).
+
+    The names are PEFT's.
+    """
+
+    target_r: int | None = option("Mean rank that is left at the end (AdaLoRA); null: lora.rank for all", None, COUNT)
+    tinit: int = option("Steps before ranks begin to fall", 0, NOT_NEGATIVE)
+    tfinal: int = option("Steps at the end in which the ranks left are final", 0, NOT_NEGATIVE)
+    deltaT: int = option("Steps from one allocation of ranks to the next", 1, COUNT)
+    beta1: float = option("Share of the old in the smoothed importance", 0.85, Range(above=0, below=1))
+    beta2: float = option("Share of the old in how much importance varies", 0.85, Range(above=0, below=1))
+    orth_reg_weight: float = option("Weight in the loss of how far P and Q are from orthogonal", 0.5, NOT_NEGATIVE)
+
+
+@frozen
 class TrainingConfig:
     """The optimization, and how often a run saves, evaluates and logs (in optimizer steps)."""
 
@@ -103,6 +119,20 @@ class TrainingConfig:
     learning_rate: float = option("Highest learning rate", 2e-4, Range(above=0, at_most=1))
     warmup_steps: int = option("Steps over which the learning rate rises to its highest", 100, NOT_NEGATIVE)
     weight_decay: float = option("Share of the weights taken off, times the learning rate", 0.01, SHARE)
+    loraplus_lr_ratio: float | None = option(
+        "lora_b learns at this many times learning_rate (LoRA+); null: at the same", None, Range(above=0)
+    )
+    neftune_noise_alpha: float | None = option(
+        "Noise on the embeddings, at most this over √(a row's tokens · width) (NEFTune); null: none",
+        None,
+        Range(above=0),
+    )
+    ema_decay: float | None = option(
+        "Evaluate, and end with, an average of the parameters that keeps this share a step; null: none",
+        None,
+        Range(above=0, below=1),
+    )
+    trainable_layers: int | None = option("Only the last so many blocks train, or get adapters; null: all", None, COUNT)
     max_grad_norm: float | None = option("Gradients are scaled down to this global norm", 1.0, Range(above=0))
     nan_patience: int = option("Steps in a row whose numbers are not finite, after which the run ends", 3, COUNT)
     nan_rollback: bool = option("After these, go back to the newest checkpoint and on with other rows", False)
@@ -187,6 +217,7 @@ class Config:
 
     model: ModelConfig = field(factory=ModelConfig)
     lora: LoRAConfig = field(factory=LoRAConfig)
+    adalora: AdaLoRAConfig = field(factory=AdaLoRAConfig)
     training: TrainingConfig = field(factory=TrainingConfig)
     data: DataConfig = field(kw_only=True)
     evaluation: EvaluationConfig = field(factory=EvaluationConfig)

@@ -1,5 +1,6 @@
 """Language models: loading, LoRA injection, loss, generation, and adapters on disk."""
 
+from mlx_trainer.models.adalora import AdaLoRAModule
 from mlx_trainer.models.adapters import load_adapters, save_adapters
 from mlx_trainer.models.causal_lm import CausalLMModule
 from mlx_trainer.models.error import ModelError
@@ -10,6 +11,7 @@ from mlx_trainer.models.parameters import ParameterGroup, ParameterStats, parame
 from mlx_trainer.models.source import resolve
 
 __all__ = [
+    "AdaLoRAModule",
     "CausalLMModule",
     "LoRALinear",
     "MistralLoRAModule",

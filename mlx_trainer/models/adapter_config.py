@@ -13,6 +13,7 @@ from attrs import asdict, frozen
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_json
+from mlx_trainer.models.last_layers import trained_blocks
 from mlx_trainer.models.loading import open_tensors
 from mlx_trainer.models.lora import DoRALinear, adapted_layers, rank_of
 from mlx_trainer.models.lora.layout import Layout
@@ -30,7 +31,7 @@ def adapter_config(model: nn.Module, base: str | None, lora: LoRAConfig | None =
     named = {} if base is None else {"model": base}
     layers = adapted_layers(model)
     if not layers:
-        return {**named, "fine_tune_type": "full", "num_layers": blocks}
+        return {**named, "fine_tune_type": "full", "num_layers": trained_blocks(model)}
     layout, own = Layout.of(layers), lora if lora is not None and describes(lora, layers) else description(layers)
     parameters = {
         "rank": layout.rank,

@@ -9,19 +9,21 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from attrs import asdict
 from mlx.optimizers import Optimizer
 
 from mlx_trainer import runtime
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models import adapters, generation, loading, memory, provenance, source
+from mlx_trainer.models.arguments import check_dtype, check_method, check_recompute, told
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.head import head_loss
 from mlx_trainer.models.hf_config import ModelSettings, read_config, vocabulary_size
-from mlx_trainer.models.lora import inject_lora, unfreeze
+from mlx_trainer.models.last_layers import on_last, unfreeze_last
+from mlx_trainer.models.lora import inject_lora
 from mlx_trainer.models.loss import next_token_loss
+from mlx_trainer.models.neftune import noisy_embeddings
 from mlx_trainer.models.parameters import ParameterStats, parameter_stats
-from mlx_trainer.models.recomputation import POLICIES, Policy
+from mlx_trainer.models.recomputation import Policy
 from mlx_trainer.models.token_ids import check_ids, check_tokenizer
 from mlx_trainer.models.unpadded import hidden_states, takes_unpadded
 from mlx_trainer.module import LossOutput, TrainerModule
@@ -32,6 +34,9 @@ log = logging.getLogger("mlx_trainer.models")
 
 class CausalLMModule(TrainerModule):
     """A causal language model with LoRA adapters (`lora=None`: all weights train), its tokenizer, loss and generation.
+
+    `trainable_layers` lets the last so many blocks train alone, in full or by adapters; `loraplus_lr_ratio` and
+    `neftune_noise_alpha` are told of in `optim.LoRAPlus` and `neftune.py`.
 
     Cheap to construct: the tokenizer is loaded at first use, the model at first use or `setup`. Each of `load_model`,
     `inject_lora`, `forward`, `training_loss` and `generate` can be overridden alone. A batch has `input_ids`,
@@ -53,6 +58,9 @@ class CausalLMModule(TrainerModule):
         schedule: str = "cosine",
         warmup_steps: int = 100,
         weight_decay: float = 0.01,
+        loraplus_lr_ratio: float | None = None,
+        neftune_noise_alpha: float | None = None,
+        trainable_layers: int | None = None,
         recompute: Policy | Literal["auto"] = "auto",
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -62,6 +70,7 @@ class CausalLMModule(TrainerModule):
     ) -> None:
         check_dtype(dtype, full=lora is None)
         check_recompute(recompute)
+        check_method(lora, loraplus_lr_ratio, trainable_layers)
         self.name = os.fspath(model_name_or_path)
         self.lora = lora
         self.dtype = dtype
@@ -71,13 +80,15 @@ class CausalLMModule(TrainerModule):
         self.cache_dir = cache_dir
         self.trust_remote_code, self.verify = trust_remote_code, verify
         self.seed = seed
-        self.artifact = "model" if lora is None else "adapter"
+        self.neftune_noise_alpha, self.trainable_layers = neftune_noise_alpha, trainable_layers
+        self.artifact = "model" if lora is None and trainable_layers is None else "adapter"
         self._optimization = {
             "name": optimizer,
             "learning_rate": learning_rate,
             "schedule": schedule,
             "warmup_steps": warmup_steps,
             "weight_decay": weight_decay,
+            "loraplus_lr_ratio": loraplus_lr_ratio,
         }
         self._model: nn.Module | None = None
         self._commit: str | None = None
@@ -89,7 +100,7 @@ class CausalLMModule(TrainerModule):
         """The model with its adapters, loaded at first use."""
         if self._model is None:
             base = self.load_model()
-            self._model = unfreeze(base) if self.lora is None else self.inject_lora(base)
+            self._model = unfreeze_last(base, self.trainable_layers) if self.lora is None else self.inject_lora(base)
             log.info("%s: %s", self.name, str(self.parameter_stats).rpartition("\n")[2])
         return self._model
 
@@ -140,7 +151,7 @@ class CausalLMModule(TrainerModule):
 
     def inject_lora(self, model: nn.Module) -> nn.Module:
         """Freeze `model` and put adapters on the layers that `lora.target_modules` name."""
-        return inject_lora(model, self.lora or LoRAConfig(), seed=self.seed)
+        return inject_lora(model, on_last(model, self.lora or LoRAConfig(), self.trainable_layers), seed=self.seed)
 
     def forward(self, batch: Any) -> mx.array:
         """Return the logits, (rows, length, vocabulary), of a padded batch.
@@ -156,12 +167,13 @@ class CausalLMModule(TrainerModule):
         An unpadded batch takes a forward of its own (`unpadded.py`), which `takes_unpadded` allows, and no `forward`.
         Raises ModelError where parts of a padded batch's forward are to be run again.
         """
-        if hasattr(batch, "cells"):
-            states = hidden_states(self.model, batch, self.recomputation(batch))
-            return head_loss(self.model, states, batch, self.settings["vocab_size"])
-        if self.model.training and self.recompute not in ("auto", "none"):
-            raise ModelError(f'recompute="{self.recompute}" needs unpadded batches; use "auto" or "none".')
-        return next_token_loss(self.forward(batch), batch.labels, accuracy=not self.model.training)
+        with noisy_embeddings(self.model, batch, self.neftune_noise_alpha):
+            if hasattr(batch, "cells"):
+                states = hidden_states(self.model, batch, self.recomputation(batch))
+                return head_loss(self.model, states, batch, self.settings["vocab_size"])
+            if self.model.training and self.recompute not in ("auto", "none"):
+                raise ModelError(f'recompute="{self.recompute}" needs unpadded batches; use "auto" or "none".')
+            return next_token_loss(self.forward(batch), batch.labels, accuracy=not self.model.training)
 
     def recomputation(self, batch: Any) -> Policy:
         """What the gradient of unpadded batches of this shape runs again: `recompute`, for "auto" as little as fits.
@@ -202,8 +214,9 @@ class CausalLMModule(TrainerModule):
     def fingerprint(self) -> Mapping[str, Any]:
         """Return method, adapters, type and learning rate; the base model is told by its parameters themselves."""
         lora = {} if self.lora is None else told(self.lora)
-        names = ("learning_rate", "schedule", "warmup_steps", "weight_decay")
+        names = ("learning_rate", "schedule", "warmup_steps", "weight_decay", "loraplus_lr_ratio")
         optimization = {name: self._optimization[name] for name in names}
+        optimization |= {name: getattr(self, name) for name in ("neftune_noise_alpha", "trainable_layers")}
         return {"method": "full" if self.lora is None else "lora", "dtype": self.dtype, **lora, **optimization}
 
     def count(self, batch: Any) -> Mapping[str, int]:
@@ -245,7 +258,8 @@ class CausalLMModule(TrainerModule):
 
     def save(self, directory: Path) -> None:
         """Write what trains into `directory`, in mlx-lm's adapter layout."""
-        adapters.save_adapters(self.model, directory, base=self.name, lora=self.lora)
+        lora = None if self.lora is None else on_last(self.model, self.lora, self.trainable_layers)
+        adapters.save_adapters(self.model, directory, base=self.name, lora=lora)
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote; raises ModelError, and changes nothing, where it does not fit."""
@@ -274,26 +288,3 @@ class CausalLMModule(TrainerModule):
         if not Path(self.name).expanduser().is_dir():
             self._commit = source.commit_of(found)  # tokenizer and weights are of one commit, should the branch move
         return found
-
-
-def told(lora: LoRAConfig) -> dict[str, Any]:
-    """Return the options of `lora` by the names of a fingerprint; younger ones where they are not the default."""
-    always = ("rank", "alpha", "dropout", "target_modules")
-    options = asdict(lora, filter=lambda option, value: option.name in always or value != option.default)
-    return {f"lora_{name}": value for name, value in options.items()}
-
-
-def check_recompute(recompute: str) -> None:
-    """Raise ModelError for an unknown policy."""
-    if recompute not in ("auto", *POLICIES):
-        raise ModelError(f"recompute {recompute!r} is unknown; it is one of auto, {', '.join(POLICIES)}.")
-
-
-def check_dtype(dtype: str, *, full: bool) -> None:
-    """Raise ModelError for an unknown type, and for full fine-tuning in float16, where Adam's 1e-8 is 0 and divides."""
-    if dtype not in loading.DTYPES:
-        raise ModelError(f"dtype {dtype!r} is unknown; it is one of {', '.join(loading.DTYPES)}.")
-    if full and dtype == "float16":
-        raise ModelError(
-            'Full fine-tuning (lora=None) in float16 loses its updates; use dtype="float32" or "bfloat16".'
-        )

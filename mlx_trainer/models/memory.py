@@ -110,7 +110,7 @@ def estimate(model: Any, batch: Any, optimizer: Optimizer, policy: Policy) -> Me
         policy=policy,
         weights=size(model.parameters()),
         state=state,
-        kept=sum(block.kept(policy) for block in blocks) + head_kept,
+        kept=sum(block.kept(policy) for block in blocks[frozen_blocks(model) :]) + head_kept,
         in_flight=int(QUEUE[runtime.backend()] * queued),
         update=size(trained) + state,
     )
@@ -178,6 +178,14 @@ class BlockBytes:
         times, arrays = IN_FLIGHT[policy], 4 * self.hidden + self.queries_keys_values + self.gate_up
         computed = times.arrays * arrays + times.scores * self.scores + times.adapters * self.adapted
         return computed + self.dense
+
+
+def frozen_blocks(model: Any) -> int:
+    """How many blocks stand before the first that has a gradient."""
+    if tree_flatten(model.model.embed_tokens.trainable_parameters()):
+        return 0
+    trains = [bool(tree_flatten(layer.trainable_parameters())) for layer in model.model.layers]
+    return [*trains, True].index(True)
 
 
 def scored_cells(batch: Any) -> int:

@@ -72,8 +72,9 @@ def test_every_problem_is_told_at_once_with_its_file_key_value_and_range() -> No
     )
     keys = (
         "known keys: method, batch_size, batch_tokens, gradient_accumulation_steps, num_epochs, max_steps, optimizer, "
-        "schedule, learning_rate, warmup_steps, weight_decay, max_grad_norm, nan_patience, nan_rollback, loss_spike, "
-        "recompute, save_steps, keep_last, keep_best, eval_steps, logging_steps"
+        "schedule, learning_rate, warmup_steps, weight_decay, loraplus_lr_ratio, neftune_noise_alpha, ema_decay, "
+        "trainable_layers, max_grad_norm, nan_patience, nan_rollback, loss_spike, recompute, save_steps, keep_last, "
+        "keep_best, eval_steps, logging_steps"
     )
     assert sorted(error_of(path, data__seed=-1).split("\n")) == [
         "base.yaml: lora.rank is 1.7; it must be a whole number, at least 1",
@@ -82,7 +83,7 @@ def test_every_problem_is_told_at_once_with_its_file_key_value_and_range() -> No
         "recipe.yaml: data.dataset_path is required: JSONL file, folder of train.jsonl and valid.jsonl, pattern or "
         "hf:owner/name; or several, also with weights",
         "recipe.yaml: data.shuffle is 'no'; it must be true or false",
-        "recipe.yaml: foo is not a known key; known keys: model, lora, training, data, evaluation, run",
+        "recipe.yaml: foo is not a known key; known keys: model, lora, adalora, training, data, evaluation, run",
         "recipe.yaml: learning_rate is not a known key; did you mean training.learning_rate?",
         "recipe.yaml: training.epochs is not a known key; did you mean num_epochs?",
         "recipe.yaml: training.learning_rte is not a known key; did you mean learning_rate?",

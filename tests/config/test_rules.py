@@ -16,6 +16,34 @@ DATA: dict[str, object] = {"data.dataset_path": "chats.jsonl"}
             "set model.dtype to float32 or bfloat16",
         ),
         (
+            {"training.method": "full", "model.dtype": "float32", "training.loraplus_lr_ratio": 16.0},
+            "training.loraplus_lr_ratio is for adapters; leave it out, or set training.method to lora",
+        ),
+        (
+            {"training.trainable_layers": 4, "lora.layers_to_transform": [1]},
+            "training.trainable_layers and lora.layers_to_transform both choose blocks; leave one of them out",
+        ),
+        (
+            {"training.method": "full", "model.dtype": "float32", "adalora.target_r": 4},
+            "adalora.target_r is for adapters; leave it out, or set training.method to lora",
+        ),
+        (
+            {"adalora.target_r": 17},
+            "adalora.target_r 17 is above lora.rank (16), which ranks begin at",
+        ),
+        (
+            {"adalora.target_r": 4, "lora.use_dora": True},
+            "adalora.target_r has a start and layers of its own; leave out lora.use_dora and lora.init_lora_weights",
+        ),
+        (
+            {"adalora.target_r": 4, "training.ema_decay": 0.99},
+            "training.ema_decay would bring back the ranks that adalora.target_r takes away; leave one of them out",
+        ),
+        (
+            {"adalora.target_r": 4, "adalora.tinit": 6, "adalora.tfinal": 4, "training.max_steps": 10},
+            "adalora.tinit 6 and adalora.tfinal 4 leave none of training.max_steps (10) for ranks to fall; lower them",
+        ),
+        (
             {"training.recompute": "mlp", "data.layout": "padded"},
             "training.recompute mlp needs unpadded batches; "
             "set data.layout to auto, or training.recompute to auto or none",
@@ -59,6 +87,18 @@ def test_the_same_options_apart_are_fine() -> None:
     ("overrides", "sentences"),
     [
         ({}, ()),
+        (
+            {"training.neftune_noise_alpha": 20.0},
+            ("training.neftune_noise_alpha 20 is above the 15 that its paper tried; 5 is usual",),
+        ),
+        (
+            {"training.loraplus_lr_ratio": 100.0},
+            ("training.loraplus_lr_ratio 100 lets lora_b learn at 0.02; ratios of 4 to 16 are usual",),
+        ),
+        (
+            {"adalora.deltaT": 10},
+            ("adalora.deltaT has no effect without adalora.target_r; set that, or leave it out",),
+        ),
         (
             {"training.learning_rate": 2e-3},
             ("training.learning_rate 0.002 is high for LoRA; 0.0002 is usual, and above 0.001 runs often diverge",),

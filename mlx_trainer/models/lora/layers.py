@@ -83,6 +83,8 @@ def factors(layer: Any) -> tuple[mx.array, mx.array]:
 
     Of a start that is taken off (`LoRALinear.start_at`) they are [lora_a, a] and [lora_b, -b], of twice the rank.
     """
+    if "lora_e" in layer:
+        return layer.lora_a, layer.lora_e * layer.lora_b
     if "_start_a" not in layer:
         return layer.lora_a, layer.lora_b
     return mx.concatenate([layer.lora_a, layer._start_a], axis=1), mx.concatenate([layer.lora_b, -layer._start_b])

@@ -7,11 +7,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_trainer.models.lora.adalora import AdaLoRALinear
 from mlx_trainer.models.lora.layers import DoRALinear, LoRALinear, base_of, dropout_of, factors
 from mlx_trainer.models.products import Adapter, kept, products
 from mlx_trainer.models.quantized import QuantizedLinear
 
-ADAPTED = (LoRALinear, DoRALinear)
+ADAPTED = (LoRALinear, DoRALinear, AdaLoRALinear)
 
 
 def project(x: mx.array, *layers: nn.Module, keys: Sequence[mx.array | None] | None = None) -> tuple[mx.array, ...]:
