@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.hf_config import ModelSettings, found, normalised, read_config, read_json
+from mlx_trainer.models.hf_config import ModelSettings, found, normalised, read_config, read_json, window_of
 from mlx_trainer.models.libraries import quiet_imports
 from mlx_trainer.monitoring import visible
 from mlx_trainer.safetensors_file import check_header, check_regular
@@ -47,6 +47,17 @@ def load_model(directory: Path, *, dtype: str = "float16", trust_remote_code: bo
         text = " ".join(visible(str(error)).split())
         raise ModelError(f"The weights in {directory} do not fit its config.json: {text[:400]}") from error
     return model
+
+
+def ignored_window(model: nn.Module, settings: ModelSettings) -> int | None:
+    """Return the sliding window that transformers would use and `model` does not, None where they agree.
+
+    A layer that slides has a cache which rotates. mlx-lm has none for Mistral v0.1, Gemma 2, Phi 3 and Mixtral.
+    """
+    from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+
+    used = any(isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(model))
+    return None if used else window_of(settings)
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:
