@@ -59,7 +59,8 @@ ALLOWED = {
     | {"trainer"},  # for its type only
     "trainer": CORE,
     "data": LEAVES,
-    "models": LEAVES | {"module", "optim", "state"},
+    "prompts": {"data"},
+    "models": LEAVES | {"module", "optim", "prompts", "state"},
     "optim": LEAVES,
     "callbacks": LEAVES | CORE,
     "run_folder": CORE | LEAVES | {"callbacks", "data", "models"},

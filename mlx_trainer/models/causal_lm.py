@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from mlx_trainer.models.token_ids import check_ids, check_tokenizer
 from mlx_trainer.models.unpadded import hidden_states, takes_unpadded
 from mlx_trainer.module import LossOutput, TrainerModule
 from mlx_trainer.optim import build_optimizer
+from mlx_trainer.prompts import PromptEncoder
 
 log = logging.getLogger("mlx_trainer.models")
 
@@ -232,24 +233,31 @@ class CausalLMModule(TrainerModule):
         self,
         prompts: Sequence[generation.Prompt],
         *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        timeout_s: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        batch_size: int = 8,
+        **options: Any,
     ) -> list[str]:
-        """Return the answer to each prompt (a text or a list of messages), the likeliest tokens at temperature 0.
+        """Return the answer to each prompt: a text, a list of messages, or a row with `messages` and `tools`.
 
-        A prompt and its answer hold at most `max_seq_length` tokens; `timeout_s` bounds each answer. The model's mode
-        and MLX's random state are afterwards what they were.
+        Prompts are written as training rows are (`prompts.py`). `options` are those of `generation.Options`:
+        `max_tokens` (256), `temperature` (0), `top_p`, `min_p`, `repetition_penalty`, `timeout_s`, `stop` texts, and
+        `system`, a text before each prompt. Tokens are drawn from `seed`, by default the module's, or from one for each
+        prompt, so that no answer depends on the others; `batch_size` are answered at once. A prompt and its answer hold
+        at most `max_seq_length` tokens. The model's mode and MLX's random state are afterwards what they were. Raises
+        ModelError.
         """
-        stop, training = generation.stop_ids(self.tokenizer, self.settings), self.model.training
-        self.model.eval()
-        try:
-            return [
-                self._answer(prompt, stop, max_tokens=max_tokens, temperature=temperature, timeout_s=timeout_s)
-                for prompt in prompts
-            ]
-        finally:
-            self.model.train(training)
+        asked = generation.Options(**options)
+        seeds = seed if isinstance(seed, Sequence) else [self.seed if seed is None else seed] * len(prompts)
+        return self._writer().answers(prompts, asked, seeds, batch_size)
+
+    def stream(self, prompt: generation.Prompt, *, seed: int | None = None, **options: Any) -> Iterator[str]:
+        """Yield the answer of `generate`, whose options these are, in pieces of whole characters.
+
+        A wrong prompt or option raises at once. Between two pieces the model is in its own mode; several streams can be
+        read in turns.
+        """
+        asked = generation.Options(**options)
+        return self._writer().stream(prompt, asked, self.seed if seed is None else seed)
 
     def save(self, directory: Path) -> None:
         """Write what trains into `directory`, in mlx-lm's adapter layout."""
@@ -259,16 +267,15 @@ class CausalLMModule(TrainerModule):
         """Read what `save` wrote; raises ModelError, and changes nothing, where it does not fit."""
         adapters.load_adapters(self.model, directory)
 
-    def _answer(self, prompt: generation.Prompt, stop: set[int], *, max_tokens: int, **sampling: Any) -> str:
-        ids = generation.encode_prompt(self.tokenizer, prompt)
-        if (size := vocabulary_size(self.settings)) is not None and max(ids, default=0) >= size:
-            raise ModelError(f"A prompt has the token id {max(ids)}; the model's vocabulary ends at {size - 1}.")
-        room = self.max_seq_length - len(ids)
-        if room < 1:
-            raise ModelError(f"A prompt has {len(ids)} tokens; max_seq_length is {self.max_seq_length}.")
-        limit = min(max_tokens, room)
-        answer = generation.continue_ids(self.model, ids, max_tokens=limit, stop=stop, seed=self.seed, **sampling)
-        return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+    def _writer(self) -> generation.Writer:
+        return generation.Writer(
+            model=self.model,
+            prompts=PromptEncoder.of(self.tokenizer),
+            decode=partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            stop_ids=generation.stop_ids(self.tokenizer, self.settings, self._directory(source.TOKENIZER_FILES)),
+            vocabulary=vocabulary_size(self.settings),
+            longest=self.max_seq_length,
+        )
 
     def _estimate(self, batch: Any) -> memory.MemoryEstimate:
         optimizer = self.configure_optimizer(1_000_000)

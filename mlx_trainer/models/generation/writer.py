@@ -1,0 +1,93 @@
+"""From prompts to answers with one model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+
+import mlx.nn as nn
+from attrs import frozen
+
+from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.generation.answer import Answer
+from mlx_trainer.models.generation.options import Options
+from mlx_trainer.models.generation.running import complete, pieces
+from mlx_trainer.prompts import Prompt, PromptEncoder, PromptError
+
+
+@frozen(eq=False)
+class Writer:
+    """A model that answers: how prompts become ids and ids text, and which ids and lengths it has."""
+
+    model: nn.Module
+    prompts: PromptEncoder
+    decode: Callable[[list[int]], str]
+    stop_ids: set[int]
+    vocabulary: int | None
+    longest: int
+    """Tokens that a prompt and its answer may have together."""
+
+    def answers(self, prompts: Sequence[Prompt], options: Options, seeds: Sequence[int], batch_size: int) -> list[str]:
+        """Return the answer to each prompt; every prompt is checked before the first is answered."""
+        if len(seeds) != len(prompts) or batch_size < 1:
+            raise ModelError(
+                f"There are {len(seeds)} seeds for {len(prompts)} prompts, and batch_size is {batch_size}."
+            )
+        asked = [self.answer(prompt, options, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        with answering(self.model):
+            for first in range(0, len(asked), batch_size):
+                complete(self.model, asked[first : first + batch_size])
+        return [answer.text() for answer in asked]
+
+    def stream(self, prompt: Prompt, options: Options, seed: int) -> Iterator[str]:
+        """Yield the answer piece by piece, each of whole characters; raises ModelError at once, not at the first."""
+        return self._pieces(self.answer(prompt, options, seed))
+
+    def _pieces(self, answer: Answer) -> Iterator[str]:
+        with closing(pieces(self.model, answer)) as steps:
+            while True:
+                with answering(self.model):  # while the caller has a piece, the model is in its own mode
+                    ongoing = next(steps, None)
+                if ongoing is None:
+                    return
+                if piece := answer.piece():
+                    yield piece
+
+    def answer(self, prompt: Prompt, options: Options, seed: int) -> Answer:
+        """Return an answer that has not begun; raises ModelError for a prompt that cannot be answered."""
+        ids = self.prompt_ids(prompt, options.system)
+        return Answer(
+            prompt=ids,
+            decode=self.decode,
+            limit=min(options.max_tokens, self.longest - len(ids)),
+            stop_ids=self.stop_ids,
+            sampler=options.sampler(seed),
+            processors=options.processors(),
+            stop=options.stop,
+            timeout_s=options.timeout_s,
+        )
+
+    def prompt_ids(self, prompt: Prompt, system: str | None) -> list[int]:
+        """Return the ids of a prompt, which leave room for an answer; raises ModelError."""
+        try:
+            ids = self.prompts.encode(prompt, system)
+        except PromptError as error:
+            raise ModelError(f"A prompt cannot be written: {error}.") from error
+        if self.vocabulary is not None and max(ids, default=0) >= self.vocabulary:
+            raise ModelError(
+                f"A prompt has the token id {max(ids)}; the model's vocabulary ends at {self.vocabulary - 1}."
+            )
+        if not 0 < len(ids) < self.longest:
+            raise ModelError(f"A prompt has {len(ids)} tokens; max_seq_length is {self.longest}.")
+        return ids
+
+
+@contextmanager
+def answering(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without dropout; its former mode comes back."""
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
