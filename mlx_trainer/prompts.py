@@ -4,8 +4,10 @@ A room of its own between two that know nothing of each other: `data` can write 
 model is asked must look like what it was trained on, so both go through the same formats.
 """
 
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Self, cast
 
 from attrs import frozen
@@ -84,6 +86,39 @@ class PromptEncoder:
         if isinstance(row, RowError):
             raise row
         return [int(id) for id in row.ids]
+
+
+def read_prompts(path: Path) -> list[tuple[Prompt, str | None]]:
+    """The prompts of a file, each with the answer that its row has, if any; raises PromptError with file and line.
+
+    A prompt is a line; in a `.jsonl` file a row with `prompt`, a text or messages, or with `messages`, whose last
+    answer is the one that is asked for. Empty lines are passed over. Raises OSError.
+    """
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    asked = [(number, line) for number, line in lines if line.strip()]
+    if path.suffix != ".jsonl":
+        return [(line, None) for _, line in asked]
+    prompts = []
+    for number, line in asked:
+        try:
+            prompts.append(prompt_of(json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{path}:{number}: {error}") from error
+    return prompts
+
+
+def prompt_of(row: object) -> tuple[Prompt, str | None]:
+    """The prompt of a row and its own answer, if it has one; raises PromptError for another row."""
+    if not isinstance(row, Mapping) or not ("prompt" in row or "messages" in row):
+        raise PromptError("this is no object with `prompt` or `messages`")
+    prompt, answer = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, str):
+        return prompt, answer if isinstance(answer, str) else None
+    messages = row["messages"] if prompt is None else prompt
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if isinstance(last, Mapping) and last.get("role") == "assistant":
+        messages, answer = messages[:-1], last.get("content")
+    return {**row, "messages": messages}, answer if isinstance(answer, str) else None
 
 
 @lru_cache(maxsize=4)

@@ -229,35 +229,37 @@ class CausalLMModule(TrainerModule):
         }
         return counts | ({"shared_tokens": data.shared_tokens} if data.shared_tokens else {})
 
-    def generate(
+    def generate(self, prompts: Sequence[generation.Prompt], **options: Any) -> list[str]:
+        """Return the answer to each prompt: a text, a list of messages, or a row with `messages` and `tools`.
+
+        Prompts are written as training rows are (`prompts.py`). `options` are those of `generation.Options`:
+        `max_tokens` (256), `temperature` (0), `top_p`, `min_p`, `repetition_penalty`, `timeout_s`, `stop` texts, and
+        `system`, a text before each prompt. Tokens are drawn from `seed`, by default the module's, or from one for each
+        prompt, so that no answer depends on the others; `batch_size` (8) are answered at once. A prompt and its answer
+        hold at most `max_seq_length` tokens. The model's mode and MLX's random state are afterwards what they were.
+        Raises ModelError.
+        """
+        return list(self.answers(prompts, **options))
+
+    def answers(
         self,
         prompts: Sequence[generation.Prompt],
         *,
         seed: int | Sequence[int] | None = None,
         batch_size: int = 8,
         **options: Any,
-    ) -> list[str]:
-        """Return the answer to each prompt: a text, a list of messages, or a row with `messages` and `tools`.
-
-        Prompts are written as training rows are (`prompts.py`). `options` are those of `generation.Options`:
-        `max_tokens` (256), `temperature` (0), `top_p`, `min_p`, `repetition_penalty`, `timeout_s`, `stop` texts, and
-        `system`, a text before each prompt. Tokens are drawn from `seed`, by default the module's, or from one for each
-        prompt, so that no answer depends on the others; `batch_size` are answered at once. A prompt and its answer hold
-        at most `max_seq_length` tokens. The model's mode and MLX's random state are afterwards what they were. Raises
-        ModelError.
-        """
+    ) -> Iterator[str]:
+        """Yield the answers of `generate`, a batch as soon as it is there; a wrong prompt raises at once."""
         asked = generation.Options(**options)
-        seeds = seed if isinstance(seed, Sequence) else [self.seed if seed is None else seed] * len(prompts)
-        return self._writer().answers(prompts, asked, seeds, batch_size)
+        return self._writer().answers(prompts, asked, self.seed if seed is None else seed, batch_size)
 
-    def stream(self, prompt: generation.Prompt, *, seed: int | None = None, **options: Any) -> Iterator[str]:
-        """Yield the answer of `generate`, whose options these are, in pieces of whole characters.
+    def stream(self, prompt: generation.Prompt, *, seed: int | None = None, **options: Any) -> generation.Pieces:
+        """Yield the answer of `generate`, whose options these are, in pieces of whole characters; close it to end it.
 
         A wrong prompt or option raises at once. Between two pieces the model is in its own mode; several streams can be
         read in turns.
         """
-        asked = generation.Options(**options)
-        return self._writer().stream(prompt, asked, self.seed if seed is None else seed)
+        return self._writer().stream(prompt, generation.Options(**options), self.seed if seed is None else seed)
 
     def save(self, directory: Path) -> None:
         """Write what trains into `directory`, in mlx-lm's adapter layout."""

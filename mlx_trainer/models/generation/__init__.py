@@ -2,7 +2,7 @@
 
 from mlx_trainer.models.generation.answer import Answer, stop_ids
 from mlx_trainer.models.generation.options import Options
-from mlx_trainer.models.generation.writer import Writer
+from mlx_trainer.models.generation.writer import Pieces, Writer
 from mlx_trainer.prompts import Prompt
 
-__all__ = ["Answer", "Options", "Prompt", "Writer", "stop_ids"]
+__all__ = ["Answer", "Options", "Pieces", "Prompt", "Writer", "stop_ids"]

@@ -1,6 +1,6 @@
 """From prompts to answers with one model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 import mlx.nn as nn
@@ -11,6 +11,8 @@ from mlx_trainer.models.generation.answer import Answer
 from mlx_trainer.models.generation.options import Options
 from mlx_trainer.models.generation.running import complete, pieces
 from mlx_trainer.prompts import Prompt, PromptEncoder, PromptError
+
+Pieces = Generator[str, None, None]
 
 
 @frozen(eq=False)
@@ -25,23 +27,29 @@ class Writer:
     longest: int
     """Tokens that a prompt and its answer may have together."""
 
-    def answers(self, prompts: Sequence[Prompt], options: Options, seeds: Sequence[int], batch_size: int) -> list[str]:
-        """Return the answer to each prompt; every prompt is checked before the first is answered."""
+    def answers(
+        self, prompts: Sequence[Prompt], options: Options, seed: int | Sequence[int], batch_size: int
+    ) -> Iterator[str]:
+        """Yield the answer to each prompt, `batch_size` at a time; all prompts are checked before, at once."""
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
         if len(seeds) != len(prompts) or batch_size < 1:
             raise ModelError(
                 f"There are {len(seeds)} seeds for {len(prompts)} prompts, and batch_size is {batch_size}."
             )
-        asked = [self.answer(prompt, options, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        with answering(self.model):
-            for first in range(0, len(asked), batch_size):
-                complete(self.model, asked[first : first + batch_size])
-        return [answer.text() for answer in asked]
+        asked = [self.answer(prompt, options, each) for prompt, each in zip(prompts, seeds, strict=True)]
+        return self._groups([asked[first : first + batch_size] for first in range(0, len(asked), batch_size)])
 
-    def stream(self, prompt: Prompt, options: Options, seed: int) -> Iterator[str]:
+    def _groups(self, groups: Sequence[Sequence[Answer]]) -> Iterator[str]:
+        for group in groups:
+            with answering(self.model):
+                complete(self.model, group)
+            yield from [answer.text() for answer in group]
+
+    def stream(self, prompt: Prompt, options: Options, seed: int) -> Pieces:
         """Yield the answer piece by piece, each of whole characters; raises ModelError at once, not at the first."""
         return self._pieces(self.answer(prompt, options, seed))
 
-    def _pieces(self, answer: Answer) -> Iterator[str]:
+    def _pieces(self, answer: Answer) -> Pieces:
         with closing(pieces(self.model, answer)) as steps:
             while True:
                 with answering(self.model):  # while the caller has a piece, the model is in its own mode
