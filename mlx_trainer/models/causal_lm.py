@@ -134,17 +134,8 @@ class CausalLMModule(TrainerModule):
         directory = self._directory(source.MODEL_FILES)
         if self.verify:
             provenance.verify(directory)
-        positions = self.settings.get("max_position_embeddings")
-        if isinstance(positions, int) and self.max_seq_length > positions:
-            log.warning("max_seq_length is %d, but %s knows %d positions.", self.max_seq_length, self.name, positions)
         model = loading.load_model(directory, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-        window = loading.ignored_window(model, self.settings)
-        if window is not None and self.max_seq_length > window:
-            log.warning(
-                "%s looks %d positions back, but mlx-lm's %s sees all positions: rows of more tokens are not computed "
-                "as transformers does.",
-                *(self.name, window, self.settings["model_type"]),
-            )
+        loading.tell_lengths(model, self.settings, self.name, self.max_seq_length)
         return model
 
     def inject_lora(self, model: nn.Module) -> nn.Module:
