@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,6 @@ from mlx_trainer.models.token_ids import check_ids, check_tokenizer
 from mlx_trainer.models.unpadded import hidden_states, takes_unpadded
 from mlx_trainer.module import LossOutput, TrainerModule
 from mlx_trainer.optim import build_optimizer
-from mlx_trainer.prompts import PromptEncoder
 
 log = logging.getLogger("mlx_trainer.models")
 
@@ -263,8 +262,7 @@ class CausalLMModule(TrainerModule):
     def _writer(self) -> generation.Writer:
         return generation.Writer(
             model=self.model,
-            prompts=PromptEncoder.of(self.tokenizer),
-            decode=partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            tokenizer=self.tokenizer,
             stop_ids=generation.stop_ids(self.tokenizer, self.settings, self._directory(source.TOKENIZER_FILES)),
             vocabulary=vocabulary_size(self.settings),
             longest=self.max_seq_length,

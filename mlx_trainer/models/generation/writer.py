@@ -1,7 +1,9 @@
 """From prompts to answers with one model."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
+from typing import Any
 
 import mlx.nn as nn
 from attrs import frozen
@@ -17,11 +19,10 @@ Pieces = Generator[str, None, None]
 
 @frozen(eq=False)
 class Writer:
-    """A model that answers: how prompts become ids and ids text, and which ids and lengths it has."""
+    """A model that answers, its transformers tokenizer, and which ids and lengths it has."""
 
     model: nn.Module
-    prompts: PromptEncoder
-    decode: Callable[[list[int]], str]
+    tokenizer: Any
     stop_ids: set[int]
     vocabulary: int | None
     longest: int
@@ -64,7 +65,7 @@ class Writer:
         ids = self.prompt_ids(prompt, options.system)
         return Answer(
             prompt=ids,
-            decode=self.decode,
+            decode=partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             limit=min(options.max_tokens, self.longest - len(ids)),
             stop_ids=self.stop_ids,
             sampler=options.sampler(seed),
@@ -76,7 +77,7 @@ class Writer:
     def prompt_ids(self, prompt: Prompt, system: str | None) -> list[int]:
         """Return the ids of a prompt, which leave room for an answer; raises ModelError."""
         try:
-            ids = self.prompts.encode(prompt, system)
+            ids = PromptEncoder.of(self.tokenizer).encode(prompt, system)
         except PromptError as error:
             raise ModelError(f"A prompt cannot be written: {error}.") from error
         if self.vocabulary is not None and max(ids, default=0) >= self.vocabulary:
