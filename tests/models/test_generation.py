@@ -172,6 +172,25 @@ def test_a_stop_text_ends_the_answer_and_is_never_shown(module: CausalLMModule) 
     assert doctest.testmod(answer).failed == 0
 
 
+def test_no_piece_has_the_beginning_of_a_stop_text(directory: Path) -> None:
+    """A stop text of several tokens is held back while it may come, and given after all where it does not."""
+    tokenizer = load_tokenizer(directory)
+    pieces: dict[str, list[str]] = {}
+    for text in ("It ends. User: no", "It ends. Use it"):
+        each = Answer(
+            prompt=[], decode=tokenizer.decode, limit=99, stop_ids=(), sampler=Options().sampler(0), stop=["User:"]
+        )
+        pieces[text] = []
+        for id in tokenizer.encode(text, add_special_tokens=False):
+            if not each.ended:
+                each.take(id)
+                pieces[text].append(each.piece())
+    first, second = pieces.values()
+    assert "".join(first) == "It ends."
+    assert first.count("") > 3
+    assert "".join(second) == "It ends. Use it"
+
+
 def test_a_closed_stream_leaves_mode_state_and_stream(module: CausalLMModule) -> None:
     """Two streams at a time, one closed after a piece: random state, default stream and training mode are as before."""
     module.model.train()
