@@ -41,8 +41,10 @@ def read_config(directory: Path) -> ModelSettings:
 
 def window_of(settings: Mapping[str, Any]) -> int | None:
     """Return how many positions back a sliding layer looks, None where none slides (`use_sliding_window` false)."""
-    window = settings.get("sliding_window")
-    return window if isinstance(window, int) and settings.get("use_sliding_window", True) else None
+    inner = settings.get("text_config")
+    text = inner if isinstance(inner, Mapping) else settings
+    window = text.get("sliding_window")
+    return window if isinstance(window, int) and text.get("use_sliding_window", True) else None
 
 
 def vocabulary_size(settings: Mapping[str, Any]) -> int | None:

@@ -15,6 +15,7 @@ from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.generation import Answer, Options, answer, stop_ids
 from mlx_trainer.models.generation.running import BATCHED, complete
 from mlx_trainer.state import random_state
+from tests.data.tokenizers_for_tests import mistral_tokenizer
 from tests.families import FAMILIES, OF_PICTURES, tiny_family
 from tests.models.answers import asked, continued
 from tests.tiny import tiny_mistral
@@ -145,21 +146,23 @@ def test_the_pieces_of_a_stream_are_the_answer(module: CausalLMModule) -> None:
         assert "" not in pieces
 
 
-def test_no_piece_has_half_a_character(directory: Path) -> None:
-    """Byte by byte, `日本 🙂.` comes in whole characters, and an answer that ends within one is without it."""
-    tokenizer = load_tokenizer(directory)
-    ids = tokenizer.encode("日本 🙂.", add_special_tokens=False)
-    assert len(ids) > 10
-    answer = Answer(prompt=[], decode=tokenizer.decode, limit=99, stop_ids=(), sampler=Options().sampler(0))
-    pieces = []
-    for id in ids:
-        answer.take(id)
-        pieces.append(answer.piece())
-    assert [piece for piece in pieces if piece] == ["日", "本", " 🙂", "."]
-    cut = Answer(prompt=[], decode=tokenizer.decode, limit=4, stop_ids=(), sampler=Options().sampler(0))
-    for id in ids[:4]:
-        cut.take(id)
-    assert (cut.ended, cut.text(), cut.piece()) == (True, "日", "日")
+@pytest.mark.parametrize("kind", ["byte-level", "SentencePiece"])
+def test_no_piece_has_half_a_character(directory: Path, kind: str) -> None:
+    """Byte by byte, `日本 🫠.` comes in whole characters, and an answer that ends within one is without it."""
+    tokenizer: Any = load_tokenizer(directory) if kind == "byte-level" else mistral_tokenizer()
+    ids = tokenizer.encode("日本 🫠.", add_special_tokens=False)
+    texts = []
+    for limit in range(1, len(ids) + 1):
+        each = Answer(prompt=[], decode=tokenizer.decode, limit=limit, stop_ids=(), sampler=Options().sampler(0))
+        pieces = []
+        for id in ids[:limit]:
+            each.take(id)
+            pieces.append(each.piece())
+        assert (each.ended, "".join(pieces)) == (True, each.text())
+        texts.append(each.text())
+    assert [piece for piece in pieces if piece] == ["日", "本", " 🫠", "."]
+    assert set(texts) == {"", "日", "日本", "日本 🫠", "日本 🫠."}
+    assert texts.count("日本") > 4
 
 
 def test_a_stop_text_ends_the_answer_and_is_never_shown(module: CausalLMModule) -> None:
