@@ -94,8 +94,11 @@ def read_prompts(path: Path) -> list[tuple[Prompt, str | None]]:
     A prompt is a line; in a `.jsonl` file a row with `prompt`, a text or messages, or with `messages`, whose last
     answer is the one that is asked for. Empty lines are passed over. Raises OSError.
     """
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-    asked = [(number, line) for number, line in lines if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path}: byte {error.start} is no UTF-8; save the file as UTF-8") from error
+    asked = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix != ".jsonl":
         return [(line, None) for _, line in asked]
     prompts = []

@@ -105,6 +105,16 @@ def test_a_tokenizer_that_changes_is_written_anew() -> None:
     assert PromptEncoder.of(tokenizer).encode("Who?") != before
 
 
+def test_a_template_that_cannot_ask_is_told() -> None:
+    """It writes rows, but fails where an answer is to be asked for."""
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% if add_generation_prompt %}", "{% if add_generation_prompt %}{{ 1 // 0 }}"
+    )
+    with pytest.raises(PromptError, match="messages: the chat template refuses to ask for an answer: "):
+        PromptEncoder.of(tokenizer).encode("Who?")
+
+
 @pytest.mark.parametrize(
     ("prompt", "system", "reason"),
     [

@@ -84,6 +84,7 @@ def test_an_adapter_brings_its_base(capsys: pytest.CaptureFixture[str], folder: 
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
+        ("\udce4", "rows.jsonl: byte 0 is no UTF-8; save the file as UTF-8"),
         ('{"text": "x"}', "rows.jsonl:1: this is no object with `prompt` or `messages`"),
         ('{"prompt": "x"}\n{"prompt', "rows.jsonl:2: Unterminated string"),
         ("", "there is nothing to answer; give --prompt TEXT or --prompts FILE"),
@@ -93,7 +94,7 @@ def test_prompts_that_are_none_are_told(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, lines: str, reason: str
 ) -> None:
     """With file and line, before any model is loaded."""
-    (tmp_path / "rows.jsonl").write_text(lines)
+    (tmp_path / "rows.jsonl").write_bytes(lines.encode(errors="surrogateescape"))
     assert cli.main(["generate", "--model", "./nowhere", "--prompts", str(tmp_path / "rows.jsonl")]) == 2
     assert reason in capsys.readouterr().err
 

@@ -49,7 +49,10 @@ class TemplateFormat:
         """Ids of a conversation whose answer is due, as the template asks for it; raises RowError as for a row."""
         if (refusal := self.refusal(conversation)) is not None:
             raise refusal
-        text = Renderer(self.tokenizer).render(conversation, len(conversation.messages), prompt=True)
+        try:
+            text = Renderer(self.tokenizer).render(conversation, len(conversation.messages), prompt=True)
+        except Exception as error:  # a template is a program of someone else's, in a sandbox
+            raise RowError(f"messages: the chat template refuses to ask for an answer: {error}") from error
         return self.encoder.encode([text])[0]
 
     def by_marks(self, conversations: Sequence[Conversation]) -> list[Tokens | RowError]:

@@ -32,7 +32,7 @@ class Writer:
         self, prompts: Sequence[Prompt], options: Options, seed: int | Sequence[int], batch_size: int
     ) -> Iterator[str]:
         """Yield the answer to each prompt, `batch_size` at a time; all prompts are checked before, at once."""
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+        seeds = seed if isinstance(seed, Sequence) else [seed] * len(prompts)
         if len(seeds) != len(prompts) or batch_size < 1:
             raise ModelError(
                 f"There are {len(seeds)} seeds for {len(prompts)} prompts, and batch_size is {batch_size}."
@@ -79,7 +79,7 @@ class Writer:
         try:
             ids = PromptEncoder.of(self.tokenizer).encode(prompt, system)
         except PromptError as error:
-            raise ModelError(f"A prompt cannot be written: {error}.") from error
+            raise ModelError(f"A prompt cannot be written: {str(error).rstrip('.')}.") from error
         if self.vocabulary is not None and max(ids, default=0) >= self.vocabulary:
             raise ModelError(
                 f"A prompt has the token id {max(ids)}; the model's vocabulary ends at {self.vocabulary - 1}."
