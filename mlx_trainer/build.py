@@ -4,7 +4,7 @@ Everything that can be wrong with the inputs is found before the run folder is m
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,20 @@ def whole_data(data: DataConfig) -> DataConfig:
     return evolve(data, dataset_path=path, train_split=1.0, shuffle=False, validation_path=None)
 
 
-def generate(model: ModelConfig, prompts: Sequence[str], adapter: str | None = None, **sampling: Any) -> list[str]:
-    """Return the answer of `model`, with an adapter where one is given, to each prompt."""
+def answering(model: ModelConfig, adapter: str | None = None) -> CausalLMModule:
+    """Return `model`, with an adapter where one is given, loaded and ready for `generate` and `stream`."""
     with setup_logging(level="WARNING"):
-        return trained_module(model, adapter).generate(prompts, **sampling)
+        module = trained_module(model, adapter)
+        module.setup("predict")
+        return module
+
+
+def base_of(adapter: Path) -> str | None:
+    """Return the name of the model that an adapter was trained on, None where its configuration does not tell."""
+    path = adapter / "adapter_config.json"
+    written = read_json(path) if path.exists() else None
+    name = written.get("model") if isinstance(written, dict) else None
+    return name if isinstance(name, str) else None
 
 
 class BaseModel(CausalLMModule):

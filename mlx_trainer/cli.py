@@ -18,6 +18,7 @@ EXIT_CODES = {
     ("mlx_trainer.config", "ConfigError"): 2,
     ("mlx_trainer.data", "DataError"): 2,
     ("mlx_trainer.models", "ModelError"): 2,
+    ("mlx_trainer.prompts", "PromptError"): 2,
     ("mlx_trainer.checkpoint", "CheckpointError"): 2,
     ("mlx_trainer.monitoring", "MonitoringError"): 2,
     ("mlx_trainer.trainer", "TrainingError"): 1,

@@ -59,14 +59,16 @@ ALLOWED = {
     | {"trainer"},  # for its type only
     "trainer": CORE,
     "data": LEAVES,
-    "models": LEAVES | {"module", "optim", "state"},
+    "prompts": {"data"},
+    "models": LEAVES | {"module", "optim", "prompts", "state"},
     "optim": LEAVES,
     "callbacks": LEAVES | CORE,
     "run_folder": CORE | LEAVES | {"callbacks", "data", "models"},
     "build": CORE | LEAVES | {"run_folder", "callbacks", "data", "models", "optim"},
     "benchmarking": CORE | LEAVES | {"_blas", "build", "data", "models"},
     "replaying": CORE | LEAVES | {"build", "data", "models"},
-    "commands": {"benchmarking", "build", "replaying"} | CORE | LEAVES | {"data", "models"},
+    "chat": LEAVES | {"models"},
+    "commands": {"benchmarking", "build", "chat", "prompts", "replaying"} | CORE | LEAVES | {"data", "models"},
     "cli": {"commands", "config", "interruption", "__init__"},
     "__main__": {"cli"},
     "__init__": None,  # names everything, imports it lazily

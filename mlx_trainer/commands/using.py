@@ -1,10 +1,6 @@
-"""The commands that use a model, with what was trained or without: its loss, its answers."""
-
-from typing import Any
+"""The commands that measure a model, with what was trained or without."""
 
 from mlx_trainer.commands.command import ADAPTER, FILES, Command, Given, config_of, split_inputs
-from mlx_trainer.config import ModelConfig
-from mlx_trainer.config.arguments import overrides
 
 
 def evaluate(given: Given) -> int:
@@ -20,17 +16,6 @@ def evaluate(given: Given) -> int:
     return 0
 
 
-def generate(given: Given) -> int:
-    """Print the answer to each prompt."""
-    values: dict[str, Any] = {key.removeprefix("model."): value for key, value in overrides(given).items()}
-    from mlx_trainer import build
-
-    sampling = {"max_tokens": given.get("max_tokens", 100), "temperature": given.get("temperature", 0.0)}
-    answers = build.generate(ModelConfig(**values), given["prompt"], given.get("adapter"), **sampling)
-    print("\n\n".join(answers))
-    return 0
-
-
 COMMANDS = {
     "evaluate": Command(
         evaluate,
@@ -38,17 +23,5 @@ COMMANDS = {
         "FILE ... [--model NAME] [--adapter DIR] [--section.key VALUE ...]",
         ("model", "data"),
         {"inputs": FILES, "--adapter": ADAPTER},
-    ),
-    "generate": Command(
-        generate,
-        "Print a model's answer to a prompt.",
-        "--prompt TEXT [--model NAME] [--adapter DIR]",
-        ("model",),
-        {
-            "--prompt": {"action": "append", "required": True, "metavar": "TEXT", "help": "what to answer; repeatable"},
-            "--adapter": ADAPTER,
-            "--max-tokens": {"type": int, "metavar": "N", "help": "most tokens of an answer (default 100)"},
-            "--temperature": {"type": float, "metavar": "X", "help": "0 takes the likeliest tokens (default 0)"},
-        },
     ),
 }

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -144,10 +144,9 @@ class CausalLMModule(TrainerModule):
         directory = self._directory(source.MODEL_FILES)
         if self.verify:
             provenance.verify(directory)
-        positions = self.settings.get("max_position_embeddings")
-        if isinstance(positions, int) and self.max_seq_length > positions:
-            log.warning("max_seq_length is %d, but %s knows %d positions.", self.max_seq_length, self.name, positions)
-        return loading.load_model(directory, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        model = loading.load_model(directory, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        loading.tell_lengths(model, self.settings, self.name, self.max_seq_length)
+        return model
 
     def inject_lora(self, model: nn.Module) -> nn.Module:
         """Freeze `model` and put adapters on the layers that `lora.target_modules` name."""
@@ -233,28 +232,37 @@ class CausalLMModule(TrainerModule):
         }
         return counts | ({"shared_tokens": data.shared_tokens} if data.shared_tokens else {})
 
-    def generate(
+    def generate(self, prompts: Sequence[generation.Prompt], **options: Any) -> list[str]:
+        """Return the answer to each prompt: a text, a list of messages, or a row with `messages` and `tools`.
+
+        Prompts are written as training rows are (`prompts.py`). `options` are those of `generation.Options`:
+        `max_tokens` (256), `temperature` (0), `top_p`, `min_p`, `repetition_penalty`, `timeout_s`, `stop` texts, and
+        `system`, a text before each prompt. Tokens are drawn from `seed`, by default the module's, or from one for each
+        prompt, so that no answer depends on the others; `batch_size` (8) are answered at once. A prompt and its answer
+        hold at most `max_seq_length` tokens. The model's mode and MLX's random state are afterwards what they were.
+        Raises ModelError.
+        """
+        return list(self.answers(prompts, **options))
+
+    def answers(
         self,
         prompts: Sequence[generation.Prompt],
         *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        timeout_s: float | None = None,
-    ) -> list[str]:
-        """Return the answer to each prompt (a text or a list of messages), the likeliest tokens at temperature 0.
+        seed: int | Sequence[int] | None = None,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Yield the answers of `generate`, a batch as soon as it is there; a wrong prompt raises at once."""
+        asked = generation.Options(**options)
+        return self._writer().answers(prompts, asked, self.seed if seed is None else seed, batch_size)
 
-        A prompt and its answer hold at most `max_seq_length` tokens; `timeout_s` bounds each answer. The model's mode
-        and MLX's random state are afterwards what they were.
+    def stream(self, prompt: generation.Prompt, *, seed: int | None = None, **options: Any) -> generation.Pieces:
+        """Yield the answer of `generate`, whose options these are, in pieces of whole characters; close it to end it.
+
+        A wrong prompt or option raises at once. Between two pieces the model is in its own mode; several streams can be
+        read in turns.
         """
-        stop, training = generation.stop_ids(self.tokenizer, self.settings), self.model.training
-        self.model.eval()
-        try:
-            return [
-                self._answer(prompt, stop, max_tokens=max_tokens, temperature=temperature, timeout_s=timeout_s)
-                for prompt in prompts
-            ]
-        finally:
-            self.model.train(training)
+        return self._writer().stream(prompt, generation.Options(**options), self.seed if seed is None else seed)
 
     def save(self, directory: Path) -> None:
         """Write what trains into `directory`, in mlx-lm's adapter layout."""
@@ -265,16 +273,14 @@ class CausalLMModule(TrainerModule):
         """Read what `save` wrote; raises ModelError, and changes nothing, where it does not fit."""
         adapters.load_adapters(self.model, directory)
 
-    def _answer(self, prompt: generation.Prompt, stop: set[int], *, max_tokens: int, **sampling: Any) -> str:
-        ids = generation.encode_prompt(self.tokenizer, prompt)
-        if (size := vocabulary_size(self.settings)) is not None and max(ids, default=0) >= size:
-            raise ModelError(f"A prompt has the token id {max(ids)}; the model's vocabulary ends at {size - 1}.")
-        room = self.max_seq_length - len(ids)
-        if room < 1:
-            raise ModelError(f"A prompt has {len(ids)} tokens; max_seq_length is {self.max_seq_length}.")
-        limit = min(max_tokens, room)
-        answer = generation.continue_ids(self.model, ids, max_tokens=limit, stop=stop, seed=self.seed, **sampling)
-        return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+    def _writer(self) -> generation.Writer:
+        return generation.Writer(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            stop_ids=generation.stop_ids(self.tokenizer, self.settings, self._directory(source.TOKENIZER_FILES)),
+            vocabulary=vocabulary_size(self.settings),
+            longest=self.max_seq_length,
+        )
 
     def _estimate(self, batch: Any) -> memory.MemoryEstimate:
         optimizer = self.configure_optimizer(1_000_000)

@@ -39,6 +39,14 @@ def read_config(directory: Path) -> ModelSettings:
     return config
 
 
+def window_of(settings: Mapping[str, Any]) -> int | None:
+    """Return how many positions back a sliding layer looks, None where none slides (`use_sliding_window` false)."""
+    inner = settings.get("text_config")
+    text = inner if isinstance(inner, Mapping) else settings
+    window = text.get("sliding_window")
+    return window if isinstance(window, int) and text.get("use_sliding_window", True) else None
+
+
 def vocabulary_size(settings: Mapping[str, Any]) -> int | None:
     """Return how many token ids the model has, None where its configuration does not say."""
     inner = settings.get("text_config")
@@ -54,17 +62,47 @@ def found(directory: Path) -> str:
 
 
 def normalised(config: Mapping[str, Any], tensors: Collection[str]) -> ModelSettings:
-    """Return a copy of `config` that mlx-lm reads as transformers would.
+    """Return a copy of `config` that mlx-lm reads as transformers would; a key that stands there already wins.
 
-    transformers 5 writes the rope base under `rope_parameters` alone, and mlx-lm would then take 10000. mlx-lm ties
-    the head to the embedding where the key is absent; whether `tensors` hold a head decides that here.
+    mlx-lm ties the head to the embedding where the key is absent; whether `tensors` hold a head decides that here.
     """
-    settings = dict(config)
-    rope = settings.get("rope_parameters")
-    if isinstance(rope, Mapping) and "rope_theta" in rope:  # else none, or one table per kind of layer: mlx-lm's own
-        settings.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-            settings["rope_scaling"] = settings.get("rope_scaling") or scaling
-    settings.setdefault("tie_word_embeddings", "lm_head.weight" not in tensors)
+    settings: ModelSettings = {
+        "tie_word_embeddings": not any(f".{name}".endswith(".lm_head.weight") for name in tensors)
+    }
+    settings |= expert_keys(config) | layer_keys(config) | rope_keys(config)
+    settings |= {key: value for key, value in config.items() if key != "rope_scaling" or value}
+    if isinstance(inner := config.get("text_config"), Mapping):  # of a model of texts and pictures, which ties above
+        inner = {key: value for key, value in inner.items() if key != "tie_word_embeddings"}
+        settings = {"vocab_size": vocabulary_size(config), **settings, "text_config": normalised(inner, tensors)}
     return settings
+
+
+def rope_keys(config: Mapping[str, Any]) -> ModelSettings:
+    """Return what `rope_parameters` says under the names of transformers 4, which mlx-lm reads.
+
+    transformers 5 writes the rope under that key alone, for some models in one table per kind of layer; mlx-lm would
+    then take its own defaults, such as a base of 10000.
+    """
+    table = config.get("rope_parameters")
+    if not isinstance(table, Mapping):
+        return {}
+    rope, keys = table, {}
+    if isinstance(table.get("full_attention"), Mapping):
+        rope = table["full_attention"]
+        keys["rope_local_base_freq"] = (table.get("sliding_attention") or rope).get("rope_theta")
+    keys |= {"rope_theta": rope.get("rope_theta"), "rotary_emb_base": rope.get("rope_theta")}
+    keys |= dict.fromkeys(("partial_rotary_factor", "rotary_pct"), rope.get("partial_rotary_factor"))
+    if (kind := rope.get("rope_type", "default")) != "default":
+        keys["rope_scaling"] = {"type": kind, **{key: value for key, value in rope.items() if key != "rope_theta"}}
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def layer_keys(config: Mapping[str, Any]) -> ModelSettings:
+    """Return the number that some of mlx-lm's classes take for `layer_types`: of so many layers the last sees all."""
+    kinds = config.get("layer_types") or []
+    return {"sliding_window_pattern": kinds.index("full_attention") + 1} if "full_attention" in kinds else {}
+
+
+def expert_keys(config: Mapping[str, Any]) -> ModelSettings:
+    """Return the number of experts under the name of transformers 4."""
+    return {"num_experts": config["num_local_experts"]} if "num_local_experts" in config else {}

@@ -1,6 +1,7 @@
 """Loading a base model and its tokenizer from a local directory in Hugging Face layout."""
 
 import difflib
+import logging
 import pkgutil
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.hf_config import ModelSettings, found, normalised, read_config, read_json
+from mlx_trainer.models.hf_config import ModelSettings, found, normalised, read_config, read_json, window_of
 from mlx_trainer.models.libraries import quiet_imports
 from mlx_trainer.models.quantized import embed_as
 from mlx_trainer.monitoring import visible
 from mlx_trainer.safetensors_file import check_header, check_regular
 from mlx_trainer.state import preserved_random_state
+
+log = logging.getLogger("mlx_trainer.models")
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 CODE = ("model_file", "auto_map", "custom_pipeline")
@@ -48,6 +51,27 @@ def load_model(directory: Path, *, dtype: str = "float16", trust_remote_code: bo
         text = " ".join(visible(str(error)).split())
         raise ModelError(f"The weights in {directory} do not fit its config.json: {text[:400]}") from error
     return model
+
+
+def tell_lengths(model: nn.Module, settings: ModelSettings, name: str, longest: int) -> None:
+    """Warn where rows of `longest` tokens are more than the model knows, or than it computes as transformers does.
+
+    A layer with a sliding window has a cache which rotates. mlx-lm has none for Mistral v0.1, Gemma 2, Phi 3 and
+    Mixtral, whose layers then see all positions.
+    """
+    from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+
+    positions, window = settings.get("max_position_embeddings"), window_of(settings)
+    if isinstance(positions, int) and longest > positions:
+        log.warning("max_seq_length is %d, but %s knows %d positions.", longest, name, positions)
+    if window is None or longest <= window:
+        return
+    if not any(isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(model)):
+        log.warning(
+            "%s looks %d positions back, but in mlx-lm its layers see all: rows of more than %d tokens, which "
+            "max_seq_length %d allows, are not computed as transformers does.",
+            *(name, window, window, longest),
+        )
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -13,11 +13,13 @@ from attrs import evolve
 from mlx.utils import tree_flatten
 
 from mlx_trainer.config import LoRAConfig
-from mlx_trainer.models import generation
 from mlx_trainer.models.causal_lm import CausalLMModule
 from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.generation import writer
 from mlx_trainer.models.loading import load_model
 from mlx_trainer.models.lora import trainable
+from mlx_trainer.prompts import PromptEncoder
+from tests.models.answers import continued
 from tests.models.batches import Labelled, labelled
 from tests.tiny import tiny_mistral
 
@@ -185,7 +187,7 @@ def test_generation_restores_the_mode_even_when_it_fails(
         seen.append(model.training)
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(generation, "continue_ids", fail)
+    monkeypatch.setattr(writer, "complete", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         module.generate(["hello"])
     assert (seen, module.model.training) == ([False], stage == "fit")
@@ -194,12 +196,12 @@ def test_generation_restores_the_mode_even_when_it_fails(
 def test_answers_are_text_within_the_longest_length(tmp_path: Path) -> None:
     """A prompt and its answer share `max_seq_length`; a prompt that fills it is refused with both numbers."""
     module = module_in(tiny_mistral(tmp_path), max_seq_length=20)
-    ids = generation.encode_prompt(module.tokenizer, "hello")
+    ids = PromptEncoder.of(module.tokenizer).encode("hello")
     short, long = module.generate(["hello"], max_tokens=3), module.generate(["hello"], max_tokens=500)
     decode = module.tokenizer.decode
     for answer, tokens in ((short, 3), (long, 20 - len(ids))):
         module.model.eval()
-        whole = generation.continue_ids(module.model, ids, max_tokens=tokens, stop={2})
+        whole = continued(module.model, ids, tokens, stop_ids={2})
         assert answer == [decode(whole, skip_special_tokens=True).strip()]
     with pytest.raises(ModelError, match=r"A prompt has \d+ tokens; max_seq_length is 20\."):
         module.generate(["hello " * 20])

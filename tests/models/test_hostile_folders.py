@@ -270,6 +270,6 @@ def test_a_template_stays_in_its_sandbox(base: Path, tmp_path: Path, canary: Pat
     module = load(base)
     with pytest.raises(DataError, match=r"1 of 1 rows cannot be used.*\n.*rows\.jsonl:1: messages.*template"):
         DataPipeline(tmp_path / "rows.jsonl", module.tokenizer, cache_dir=tmp_path / "cache")
-    with pytest.raises(ModelError, match="The chat template cannot write this prompt"):
+    with pytest.raises(ModelError, match="A prompt cannot be written: messages: the chat template refuses them: "):
         module.generate(["dog"])
     assert not canary.exists()

@@ -22,11 +22,11 @@ from mlx_trainer.data.store.store import TokenRow
 from mlx_trainer.models import quantized
 from mlx_trainer.models.adapters import save_adapters
 from mlx_trainer.models.causal_lm import CausalLMModule
-from mlx_trainer.models.generation import continue_ids
 from mlx_trainer.models.loading import load_model
 from mlx_trainer.models.lora import dimensions, inject_lora, trainable
 from mlx_trainer.models.quantized import dequantize_at_use, dequantized_matmul
 from mlx_trainer.traced import from_tree, to_tree
+from tests.models.answers import continued
 from tests.tiny import tiny_mistral
 
 PACKINGS = [
@@ -328,10 +328,9 @@ def test_generated_tokens_stay_packed(tmp_path: Path, dequantized_rows: list[int
     """A long prompt is read dequantized; the tokens after it, one row each, are not."""
     module = module_of(CausalLMModule, tiny_mistral(tmp_path, bits=4))
     module.model.eval()
-    answer = continue_ids(module.model, IDS.reshape(-1).tolist(), max_tokens=6, stop=())
-    assert len(answer) == 6
+    assert len(continued(module.model, IDS.reshape(-1).tolist(), 6)) == 6
     assert set(dequantized_rows) == {ROWS - 1}  # mlx-lm reads a prompt's last token like a generated one
-    assert continue_ids(module.model, IDS[0].tolist(), max_tokens=6, stop=())
+    assert continued(module.model, IDS[0].tolist(), 6)
     assert set(dequantized_rows) == {ROWS - 1}
 
 

@@ -105,18 +105,26 @@ def refuse_untrained(row: Tokens | RowError) -> Tokens | RowError:
 
 
 def chat_encoder(tokenizer: ChatTokenizer, encoder: TextEncoder) -> ChatEncoder:
-    """How `tokenizer` writes conversations: Mistral's format where it is that one, else its chat template."""
+    """How `tokenizer` writes conversations; where it cannot, one raises DataError."""
+    written = chat_format(tokenizer, encoder)
+    if isinstance(written, MistralFormat):
+        return lambda conversations: written.encode(conversations, encoder)
+    return refuse_chats if written is None else written.encode
+
+
+def chat_format(tokenizer: ChatTokenizer, encoder: TextEncoder) -> MistralFormat | TemplateFormat | None:
+    """Mistral's format where `tokenizer` writes that one, else its chat template, None where it has none."""
     mistral = MistralFormat.of(tokenizer, encoder)
     if mistral is not None:
-        return lambda conversations: mistral.encode(conversations, encoder)
+        return mistral
     if tokenizer.chat_template is not None:
         if encoder.control_id("[INST]") is not None:
             logger.warning(
                 "The tokenizer has Mistral's control tokens, but its chat template writes another format than "
                 "mistral-common; rows are written with the template"
             )
-        return TemplateFormat(tokenizer, TextEncoder(tokenizer, control_tokens=True)).encode
-    return refuse_chats
+        return TemplateFormat(tokenizer, TextEncoder(tokenizer, control_tokens=True))
+    return None
 
 
 def refuse_chats(conversations: Sequence[Conversation]) -> list[Tokens | RowError]:

@@ -7,7 +7,7 @@ is the answer. A row for which this does not hold is a bad row: its tokens canno
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 from attrs import frozen
@@ -45,6 +45,16 @@ class TemplateFormat:
                 return RowError(f"{place}: holds {token!r}, which would become a control token")
         return Renderer(self.tokenizer).refusal(conversation)
 
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """Ids of a conversation whose answer is due, as the template asks for it; raises RowError as for a row."""
+        if (refusal := self.refusal(conversation)) is not None:
+            raise refusal
+        try:
+            text = Renderer(self.tokenizer).render(conversation, len(conversation.messages), prompt=True)
+        except Exception as error:  # a template is a program of someone else's, in a sandbox
+            raise RowError(f"messages: the chat template refuses to ask for an answer: {error}") from error
+        return self.encoder.encode([text])[0]
+
     def by_marks(self, conversations: Sequence[Conversation]) -> list[Tokens | RowError]:
         """Tokens with the template's own mask; an EOS that follows a marked part is trained too, or none would stop.
 
@@ -60,8 +70,11 @@ class TemplateFormat:
                 return_assistant_tokens_mask=True,
                 tokenizer_kwargs={"verbose": False},
             )
-            for i, ids, mask in zip(numbers, encoded["input_ids"], encoded["assistant_masks"], strict=True):
-                rows[i] = marked_tokens(conversations[i], ids, mask, self.tokenizer.eos_token_id)
+            for i, ids, mask, each in zip(
+                numbers, encoded["input_ids"], encoded["assistant_masks"], encoded.encodings, strict=True
+            ):
+                whole = whole_letters(mask, each.offsets)
+                rows[i] = marked_tokens(conversations[i], ids, whole, self.tokenizer.eos_token_id)
         return [rows[i] for i in range(len(conversations))]
 
     def by_prefixes(self, conversations: Sequence[Conversation]) -> list[Tokens | RowError]:
@@ -89,6 +102,15 @@ def written_texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
         yield f"messages[{number}].content", message.content
         for k, call in enumerate(message.tool_calls):
             yield f"messages[{number}].tool_calls[{k}]", f"{call.arguments} {call.id}"
+
+
+def whole_letters(mask: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """The mask with all tokens of a letter where transformers marks its first alone, as of an answer's last `語`."""
+    whole = list(mask)
+    for place, (before, own) in enumerate(pairwise(offsets), 1):
+        if own == before and own[0] < own[1]:
+            whole[place] |= whole[place - 1]
+    return whole
 
 
 def marked_tokens(

@@ -47,6 +47,14 @@ def trained_text(tokenizer: PreTrainedTokenizerFast, row: Tokens | RowError) -> 
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_WITH_MARKS], ids=["prefixes", "marks"])
+def test_every_byte_of_an_answers_last_letter_is_trained(template: str) -> None:
+    """transformers marks the first of a letter's byte tokens alone; the others, and the EOS behind, are trained too."""
+    tokenizer = chatml_tokenizer(template)
+    chat = [{"role": "user", "content": "日本"}, {"role": "assistant", "content": "日本語🙂"}]
+    assert [trained_text(tokenizer, row) for row in encode(tokenizer, chat)] == ["日本語🙂<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_WITH_MARKS], ids=["prefixes", "marks"])
 def test_every_answer_and_its_eos_is_trained(template: str) -> None:
     """Both ways train each answer and the EOS that closes it, and nothing else, on the template's own ids."""
     tokenizer = chatml_tokenizer(template)
