@@ -66,7 +66,8 @@ ALLOWED = {
     "build": CORE | LEAVES | {"run_folder", "callbacks", "data", "models", "optim"},
     "benchmarking": CORE | LEAVES | {"_blas", "build", "data", "models"},
     "replaying": CORE | LEAVES | {"build", "data", "models"},
-    "commands": {"benchmarking", "build", "replaying"} | CORE | LEAVES | {"data", "models"},
+    "export": LEAVES | {"models"},
+    "commands": {"benchmarking", "build", "export", "replaying"} | CORE | LEAVES | {"data", "models"},
     "cli": {"commands", "config", "interruption", "__init__"},
     "__main__": {"cli"},
     "__init__": None,  # names everything, imports it lazily
