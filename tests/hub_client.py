@@ -19,13 +19,18 @@ ROOT = Path(__file__).parents[1]
 OLDEST = "1.30.0"
 """The oldest huggingface_hub that pyproject.toml allows; the newest is the installed one."""
 
-PROGRAM = """
+CHUNK_BYTES = 1 << 14
+"""What has come of a download is written in pieces of this size, 10 MB by default; of the last, nothing is kept."""
+
+PROGRAM = f"""
 import json, os, sys, time, traceback
-import attrs, huggingface_hub
+from pathlib import Path
+import attrs, huggingface_hub.constants
 from mlx_trainer.export.hub import push
 from mlx_trainer.models import ModelError, resolve
 from mlx_trainer.models.provenance import verify
 
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = {CHUNK_BYTES}
 waits, sleep = [], time.sleep
 def short(seconds):
     if seconds >= 0.5:  # a retry
@@ -39,20 +44,21 @@ def version():
 def plain(value):
     return attrs.asdict(value) if attrs.has(type(value)) else None if value is None else str(value)
 
-calls = {"push": push, "resolve": resolve, "verify": verify, "version": version}
+calls = dict(push=push, resolve=resolve, verify=lambda folder: verify(Path(folder)), version=version)
 for line in sys.stdin:
     name, arguments, keywords, token = json.loads(line)
     os.environ.pop("HF_TOKEN", None)
-    os.environ |= {"HF_TOKEN": token} if token else {}
+    if token:
+        os.environ["HF_TOKEN"] = token
     waits.clear()
-    answer = {}
+    answer = dict(waits=waits)
     try:
         answer["result"] = plain(calls[name](*arguments, **keywords))
     except ModelError as error:
         answer["error"] = str(error)
     except Exception:
         answer["error"] = "not foreseen: " + traceback.format_exc()
-    print(json.dumps({**answer, "waits": waits}), flush=True)
+    print(json.dumps(answer), flush=True)
 """
 
 
