@@ -20,6 +20,33 @@ def push(given: Given) -> int:
     return 0
 
 
+def gguf(given: Given) -> int:
+    """Convert with llama.cpp's converter."""
+    from mlx_trainer.export.gguf import gguf
+
+    options = {key: given[key] for key in ("outtype", "base", "llama_cpp") if key in given}
+    header = gguf(given["folder"], given["output"], **options)
+    print(f"{given['output']}: {header.metadata['general.architecture']}, {header.tensors} tensors")
+    return 0
+
+
+def ollama(given: Given) -> int:
+    """Write a Modelfile."""
+    from mlx_trainer.export.ollama import ollama
+
+    path = ollama(given["source"], given.get("output", "."), base=given.get("base"))
+    print(f"{path}: ollama create NAME -f {path}")
+    return 0
+
+
+def lm_studio(given: Given) -> int:
+    """Put a model where LM Studio looks."""
+    from mlx_trainer.export.lm_studio import ROOT, lm_studio
+
+    print(lm_studio(given["folder"], given["name"], root=given.get("root", ROOT), link="link" in given))
+    return 0
+
+
 COMMANDS = {
     "push": Command(
         push,
@@ -36,6 +63,42 @@ COMMANDS = {
             "--base-model": {"metavar": "OWNER/NAME", "help": "base model, where only a folder is known"},
             "--license": {"metavar": "ID", "help": "license (default: that of the base's card)"},
             "--language": {"action": "append", "metavar": "CODE", "help": "language of the data, as en; repeatable"},
+        },
+    ),
+    "gguf": Command(
+        gguf,
+        "Convert a merged model or a PEFT export to GGUF, with llama.cpp's own converter.",
+        "FOLDER OUTPUT.gguf [--outtype TYPE] [--base MODEL] [--llama-cpp DIR]",
+        (),
+        {
+            "folder": {"metavar": "FOLDER", "help": "merged model or PEFT export"},
+            "output": {"metavar": "OUTPUT.gguf", "help": "the file to write"},
+            "--outtype": {"metavar": "TYPE", "help": "f32, f16, bf16 or q8_0 (default f16)"},
+            "--base": {"metavar": "MODEL", "help": "an adapter's base model: its folder, or its name on the Hub"},
+            "--llama-cpp": {"metavar": "DIR", "help": "folder of llama.cpp (default: LLAMA_CPP, then PATH)"},
+        },
+    ),
+    "ollama": Command(
+        ollama,
+        "Write a Modelfile for Ollama.",
+        "SOURCE [--output DIR] [--base MODEL]",
+        (),
+        {
+            "source": {"metavar": "SOURCE", "help": "GGUF file, merged model or adapter"},
+            "--output": {"metavar": "DIR", "help": "folder to write the Modelfile into (default: this one)"},
+            "--base": {"metavar": "MODEL", "help": "an adapter's base model as Ollama calls it, such as mistral"},
+        },
+    ),
+    "lm-studio": Command(
+        lm_studio,
+        "Put a merged model where LM Studio looks for it.",
+        "FOLDER PUBLISHER/MODEL [--root DIR] [--link]",
+        (),
+        {
+            "folder": {"metavar": "FOLDER", "help": "merged model, float or quantized"},
+            "name": {"metavar": "PUBLISHER/MODEL", "help": "how LM Studio shows it"},
+            "--root": {"metavar": "DIR", "help": "LM Studio's folder of models (default ~/.lmstudio/models)"},
+            "--link": {"action": "store_true", "help": "link to the files instead of copying them"},
         },
     ),
 }
