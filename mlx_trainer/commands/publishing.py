@@ -51,7 +51,7 @@ COMMANDS = {
     "push": Command(
         push,
         "Upload an adapter, a PEFT export or a merged model to the Hub, with a model card.",
-        "FOLDER OWNER/NAME [--dry-run] [--private] [--revision BRANCH] [--base-model OWNER/NAME] [--license ID]",
+        "FOLDER OWNER/NAME [--dry-run] [--private] [--base-model OWNER/NAME] [--license ID] [--run DIR]",
         (),
         {
             "folder": FOLDER,
@@ -62,6 +62,7 @@ COMMANDS = {
             "--message": {"metavar": "TEXT", "help": "summary of the commit"},
             "--base-model": {"metavar": "OWNER/NAME", "help": "base model, where only a folder is known"},
             "--license": {"metavar": "ID", "help": "license (default: that of the base's card)"},
+            "--run": {"metavar": "DIR", "help": "run folder that the card tells of (default: the one around FOLDER)"},
             "--language": {"action": "append", "metavar": "CODE", "help": "language of the data, as en; repeatable"},
         },
     ),

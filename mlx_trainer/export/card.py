@@ -3,19 +3,19 @@
 The fields are those of https://huggingface.co/docs/hub/model-cards. What is not known is left out, and told.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import define, frozen
+from attrs import define
 
-from mlx_trainer.config import Config, ConfigError, load_config
+from mlx_trainer.config import Config
 from mlx_trainer.export.contents import ADAPTER, MODEL, PEFT, Contents
+from mlx_trainer.export.markdown import is_number, table
+from mlx_trainer.export.run import Run
 from mlx_trainer.export.usage import usage
-from mlx_trainer.models.hf_config import read_json
-from mlx_trainer.monitoring import MetricsTracker, MonitoringError, mask_secrets, visible
+from mlx_trainer.monitoring import mask_secrets
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DATA_FIGURES = {
@@ -43,50 +43,12 @@ KINDS = {
 METRICS = {"val/loss": "loss", "val/perplexity": "perplexity"}
 
 
-@frozen
-class Run:
-    """What a run's folder tells of a training; each is empty where the folder has it not."""
-
-    config: Config | None
-    facts: Mapping[str, Any]
-    metrics: MetricsTracker
-
-    @property
-    def data(self) -> Mapping[str, Any]:
-        """The figures of the rows."""
-        data = self.facts.get("data")
-        return data if isinstance(data, Mapping) else {}
-
-    @property
-    def base(self) -> Mapping[str, Any]:
-        """Name and commit of the base model."""
-        model = self.facts.get("model")
-        return model if isinstance(model, Mapping) else {}
-
-
 @define
 class Card:
     """A model card as text, and what it had to leave out."""
 
     text: str
     notes: list[str]
-
-
-def run_of(folder: Path) -> Run:
-    """Return what the run folder around `folder`, or `folder` itself, says; raises MonitoringError, ModelError."""
-    root = next((place for place in (folder, folder.absolute().parent) if (place / "environment.json").is_file()), None)
-    if root is None:
-        return Run(None, {}, MetricsTracker())
-    facts, metrics = read_json(root / "environment.json"), root / "metrics.jsonl"
-    try:
-        config = load_config(root / "config.yaml")
-    except ConfigError:  # of another version
-        config = None
-    return Run(
-        config,
-        facts if isinstance(facts, dict) else {},
-        MetricsTracker.read(metrics) if metrics.is_file() else MetricsTracker(),
-    )
 
 
 def base_of(contents: Contents, run: Run, given: str | None = None) -> str | None:
@@ -128,6 +90,7 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     adapter, datasets = not contents.full, hub_datasets(run)
+    results = eval_results(run, datasets)
     data = ModelCardData(
         base_model=base,
         base_model_relation=None if base is None else "adapter" if adapter else "finetune",
@@ -137,8 +100,8 @@ def model_card(
         license=license,
         language=list(language) if language else None,
         datasets=datasets or None,
-        model_name=repo_id.split("/")[-1],
-        eval_results=eval_results(run, datasets),
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
     )
     body = "\n\n".join(section for section in sections(contents, repo_id, run, base) if section)
     notes = [] if base else ["the card names no base model, for only a folder is known: give --base-model OWNER/NAME"]
@@ -174,16 +137,8 @@ def eval_results(run: Run, datasets: Sequence[str]) -> list[Any]:
             metric_value=value,
         )
         for name, metric in METRICS.items()
-        for value in values(run, name)[-1:]
+        for value in run.values(name)[-1:]
     ]
-
-
-def values(run: Run, name: str) -> list[float]:
-    """Return a metric's finite values, in the order of steps."""
-    try:
-        return [value for value in run.metrics.series(name)[1] if math.isfinite(value)]
-    except MonitoringError:  # never recorded
-        return []
 
 
 def sections(contents: Contents, repo_id: str, run: Run, base: str | None) -> Iterator[str]:
@@ -204,7 +159,7 @@ def sections(contents: Contents, repo_id: str, run: Run, base: str | None) -> It
 
 def result_rows(run: Run) -> list[tuple[Any, ...]]:
     """Return a row for each measured metric: its last value and its lowest."""
-    measured = {metric: values(run, name) for name, metric in METRICS.items()}
+    measured = {metric: run.values(name) for name, metric in METRICS.items()}
     return [(metric, found[-1], min(found)) for metric, found in measured.items() if found]
 
 
@@ -217,34 +172,3 @@ def option_rows(config: Config | None) -> list[tuple[str, Any]]:
     }
     rows = [(key, getattr(getattr(config, section), key)) for section, keys in names.items() for key in keys]
     return [(key, value) for key, value in rows if value is not None]
-
-
-def table(title: str, rows: Sequence[tuple[Any, ...]], head: Sequence[str] = ("", "")) -> str:
-    """Return a Markdown table below its title, nothing where there are no rows."""
-    if not rows:
-        return ""
-    lines = [head, ["---"] * len(head), *(map(cell, row) for row in rows)]
-    return f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def cell(value: Any) -> str:
-    """Return a value as a table shows it."""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(cell, value))
-    if is_number(value):
-        return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-    return inline(str(value))
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a number, and no yes or no."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def inline(text: str) -> str:
-    r"""Return text from outside so that Markdown shows it as it is, on one line: no markup, HTML, link or new cell.
-
-    >>> print(inline("<b>x|y</b>\n# z"))
-    \<b\>x\|y\</b\> # z
-    """
-    return re.sub(r"([\\`*_\[\]<>|&~:@$!]|(?<=www)\.)", r"\\\1", " ".join(visible(text).split()))

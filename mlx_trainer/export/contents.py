@@ -104,7 +104,7 @@ def kind_of(folder: Path) -> Kind:
     kinds = [kind for kind in KINDS if any(folder.glob(kind.weights))]
     if len(kinds) > 1:
         raise ModelError(
-            f"{folder} holds more than one kind: {', '.join(kind.name for kind in kinds)}; give each a folder of its own."
+            f"{folder} holds more than one kind ({', '.join(kind.name for kind in kinds)}); give each its own folder."
         )
     if not kinds:
         wanted = ", ".join(f"{kind.weights} ({kind.name})" for kind in KINDS)

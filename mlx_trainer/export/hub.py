@@ -15,8 +15,9 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from mlx_trainer.export.card import Card, Run, base_of, is_hub_name, is_repository, model_card, run_of
+from mlx_trainer.export.card import Card, base_of, is_hub_name, is_repository, model_card
 from mlx_trainer.export.contents import KINDS, Contents, contents_of
+from mlx_trainer.export.run import Run, run_of
 from mlx_trainer.models import ModelError
 from mlx_trainer.models.hub_errors import LOGIN, explained, hub_errors
 from mlx_trainer.monitoring import visible
@@ -60,11 +61,13 @@ def push(
     base_model: str | None = None,
     license: str | None = None,
     language: Sequence[str] | None = None,
+    run: str | os.PathLike[str] | None = None,
 ) -> Upload:
     """Upload what `folder` holds (an mlx-lm adapter, a PEFT export, a merged model) to the Hub's `repo_id`.
 
     The repository is made where it is missing, public unless `private`; so is the branch `revision`. A README.md in
-    the folder is the card, else one is made of the run that the folder lies in. `dry_run` asks nobody. What is on the
+    the folder is the card, else one is made of what the run's folder tells, which is `run`, or one that `folder` lies
+    in. `dry_run` asks nobody. What is on the
     Hub afterwards is compared with what was sent. Raises ModelError, before anything is sent, where the folder is not
     whole, where a name is a path of this machine, where no token is there, or where the repository holds other
     weights; and for every answer of the Hub that is none.
@@ -74,11 +77,11 @@ def push(
     if base_model is not None and not is_hub_name(base_model):
         raise ModelError(f"The base model {base_model!r} is no name on the Hub; give OWNER/NAME.")
     contents = contents_of(Path(folder))
-    run = run_of(contents.folder)
-    base = base_of(contents, run, base_model)
+    told = run_of(contents.folder if run is None else Path(run))
+    base = base_of(contents, told, base_model)
     if license is None and base is not None and not dry_run:
         license = license_of(base, token)
-    card = card_of(contents, repo_id, run, base=base, license=license, language=language)
+    card = card_of(contents, repo_id, told, base=base, license=license, language=language)
     with staged(contents, base, card) as stage:
         upload = Upload(
             repo_id,

@@ -299,7 +299,7 @@ def broken(folder: Path, how: str) -> None:
         ("no weights", r"has no weights of a kind that can be handed over: adapters.safetensors \(mlx-lm adapter\)"),
         ("half a file", r"adapters.safetensors is not a complete safetensors file"),
         ("not finite", r"adapters.safetensors holds NaN or infinity in model.layers.0"),
-        ("two kinds", r"holds more than one kind: mlx-lm adapter, PEFT adapter; give each a folder of its own"),
+        ("two kinds", r"holds more than one kind \(mlx-lm adapter, PEFT adapter\); give each its own folder"),
         ("weights elsewhere", r"is no whole mlx-lm adapter: adapters.safetensors is missing"),
         ("a token", r"adapter_config.json holds an access token; take it out"),
     ],
