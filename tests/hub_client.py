@@ -115,8 +115,10 @@ def client(hub: Hub, major: int, folder: Path, **environment: str) -> Iterator[C
 def oldest(folder: Path) -> Path:
     """Put the oldest huggingface_hub, and what it needs beside what 2.x needs, into a folder; skips where none is."""
     wanted = [f"huggingface_hub=={OLDEST}", "httpx<1", "httpcore<2"]
-    installer = ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    command = [*installer, "install", "--quiet", "--no-deps", "--target", str(folder), *wanted]
+    installer = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    if shutil.which("uv"):
+        installer = ["uv", "pip", "install", "--python", sys.executable]
+    command = [*installer, "--quiet", "--no-deps", "--target", str(folder), *wanted]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
         pytest.skip(f"huggingface_hub {OLDEST} cannot be installed here: {done.stderr.strip()[-200:]}")

@@ -20,6 +20,22 @@ def push(given: Given) -> int:
     return 0
 
 
+def download(given: Given) -> int:
+    """Fetch from the Hub, compare with its digests, and print where it lies."""
+    from mlx_trainer.models.provenance import verify
+    from mlx_trainer.models.source import ADAPTER_FILES, MODEL_FILES, resolve
+
+    folder = resolve(
+        given["repository"],
+        revision=given.get("revision"),
+        cache_dir=given.get("cache_dir"),
+        files=(*MODEL_FILES, *ADAPTER_FILES),
+    )
+    verify(folder)
+    print(folder)
+    return 0
+
+
 def gguf(given: Given) -> int:
     """Convert with llama.cpp's converter."""
     from mlx_trainer.export.gguf import gguf
@@ -64,6 +80,17 @@ COMMANDS = {
             "--license": {"metavar": "ID", "help": "license (default: that of the base's card)"},
             "--run": {"metavar": "DIR", "help": "run folder that the card tells of (default: the one around FOLDER)"},
             "--language": {"action": "append", "metavar": "CODE", "help": "language of the data, as en; repeatable"},
+        },
+    ),
+    "download": Command(
+        download,
+        "Fetch a model or an adapter from the Hub, compare each file with its published digest, print the folder.",
+        "OWNER/NAME [--revision REV] [--cache-dir DIR]",
+        (),
+        {
+            "repository": {"metavar": "OWNER/NAME", "help": "the repository"},
+            "--revision": {"metavar": "REV", "help": "branch, tag or commit (default main)"},
+            "--cache-dir": {"metavar": "DIR", "help": "Hugging Face's home folder (default ~/.cache/huggingface)"},
         },
     ),
     "gguf": Command(

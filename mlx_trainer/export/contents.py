@@ -107,8 +107,9 @@ def kind_of(folder: Path) -> Kind:
             f"{folder} holds more than one kind ({', '.join(kind.name for kind in kinds)}); give each its own folder."
         )
     if not kinds:
+        hint = f" Did you mean {folder / 'adapter'}?" if (folder / "adapter").is_dir() else ""
         wanted = ", ".join(f"{kind.weights} ({kind.name})" for kind in KINDS)
-        raise ModelError(f"{folder} has no weights of a kind that can be handed over: {wanted}; {found(folder)}.")
+        raise ModelError(f"{folder} has no weights of a kind that can be handed over: {wanted}; {found(folder)}.{hint}")
     return kinds[0]
 
 
@@ -123,7 +124,9 @@ def check_weights(contents: Contents) -> None:
         tensor_names(contents.folder)
     for name in contents.files:
         if name.endswith(".safetensors"):
-            check_finite(open_tensors(contents.folder / name), contents.folder / name)
+            tensors = open_tensors(contents.folder / name)
+            for tensor in list(tensors):  # one at a time, or a whole shard would stand in memory
+                check_finite({tensor: tensors.pop(tensor)}, contents.folder / name)
 
 
 def check_texts(contents: Contents) -> None:

@@ -10,6 +10,7 @@ from mlx_trainer.models.hub_errors import explained, hub_errors
 
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")
 MODEL_FILES = ("model*.safetensors", *TOKENIZER_FILES)
+ADAPTER_FILES = ("adapters.safetensors", "adapter_model.safetensors", *TOKENIZER_FILES)
 # Mistral's repositories hold the weights a second time under these names; fetching them would double the download.
 DUPLICATES = ("consolidated*", "tekken.json")
 

@@ -14,7 +14,7 @@ from mlx_trainer.export.card import Card, base_of, model_card
 from mlx_trainer.export.contents import contents_of
 from mlx_trainer.export.run import run_of
 from tests.export.folders import BASE, COMMIT, adapter, peft, run
-from tests.hub_server import OWNER
+from tests.hub_files import OWNER
 
 NAME = "owner/tiny-chat"
 

@@ -8,7 +8,7 @@ from mlx_trainer.export.lm_studio import lm_studio
 from mlx_trainer.models import ModelError
 from mlx_trainer.models.loading import tensor_names
 from tests.export.folders import adapter
-from tests.hub_server import read
+from tests.hub_files import read
 from tests.tiny import tiny_mistral
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.hub_client import CHUNK_BYTES, Client, client
-from tests.hub_server import OWNER, STRANGER, Hub, Refusal, read
+from tests.hub_files import OWNER, STRANGER, Refusal, read
+from tests.hub_server import Hub
 from tests.tiny import tiny_mistral
 
 NAME = "owner/base"
