@@ -219,6 +219,8 @@ class Answer(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "header" and value.get("parentCommit", parent) != parent:
                 raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+            if line["key"] == "header":
+                repository.summaries.append(value["summary"])
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             if line["key"] == "lfsFile":

@@ -29,6 +29,7 @@ class Repository:
     branches: dict[str, str]
     private: bool = False
     gated: bool = False
+    summaries: list[str] = Factory(list)  # of the commits that came over the network
 
     def commit(self, branch: str, files: Files) -> str:
         """Put a commit with these files on a branch, and return its id."""

@@ -86,6 +86,7 @@ def test_the_same_again_sends_and_commits_nothing(hub: Hub, user: Client, tmp_pa
     files = hub.repositories[NAME].at("main")[1]
     assert (hub.asked("PUT /lfs"), files["notes.md"]) == (1, b"by hand")
     assert json.loads(files["adapter_config.json"])["num_layers"] == 2
+    assert hub.repositories[NAME].summaries == ["Upload mlx-lm adapter with mlx-trainer", "More layers"]
 
 
 def test_a_large_file_goes_in_parts(hub: Hub, user: Client, tmp_path: Path) -> None:

@@ -50,6 +50,17 @@ def test_no_path_of_this_machine_goes_up(tmp_path: Path) -> None:
         push(folder, NAME, dry_run=True, base_model=str(base))
 
 
+def test_a_base_by_a_relative_path_is_not_named_either(tmp_path: Path) -> None:
+    """`./base` means nothing elsewhere; a name on the Hub stays as it is."""
+    sizes = {
+        base: push(adapter(tmp_path, base), NAME, dry_run=True).files["adapter_config.json"]
+        for base in ("./base", BASE)
+    }
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    without = {key: value for key, value in written.items() if key != "model"}
+    assert sizes == {"./base": len(json.dumps(without, indent=2)) + 1, BASE: len(json.dumps(written))}
+
+
 def test_a_card_in_the_folder_stays_and_is_checked(tmp_path: Path) -> None:
     """Its text is the user's; a path as its base is refused, or replaced by the name that was given."""
     folder = adapter(tmp_path)
