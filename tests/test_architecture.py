@@ -68,7 +68,11 @@ ALLOWED = {
     "benchmarking": CORE | LEAVES | {"_blas", "build", "data", "models"},
     "replaying": CORE | LEAVES | {"build", "data", "models"},
     "chat": LEAVES | {"models"},
-    "commands": {"benchmarking", "build", "chat", "prompts", "replaying"} | CORE | LEAVES | {"data", "models"},
+    "export": LEAVES | {"models"},
+    "commands": {"benchmarking", "build", "chat", "export", "prompts", "replaying"}
+    | CORE
+    | LEAVES
+    | {"data", "models"},
     "cli": {"commands", "config", "interruption", "__init__"},
     "__main__": {"cli"},
     "__init__": None,  # names everything, imports it lazily

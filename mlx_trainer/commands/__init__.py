@@ -1,8 +1,8 @@
 """The commands of `mlx-trainer`, each a call of the library, by name and in the order in which its help lists them."""
 
-from mlx_trainer.commands import answering, training, using
+from mlx_trainer.commands import answering, publishing, training, using
 from mlx_trainer.commands.command import PROGRAM, Command
 
-COMMANDS = training.COMMANDS | using.COMMANDS | answering.COMMANDS
+COMMANDS = training.COMMANDS | using.COMMANDS | answering.COMMANDS | publishing.COMMANDS
 
 __all__ = ["COMMANDS", "PROGRAM", "Command"]

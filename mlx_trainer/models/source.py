@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.hub_errors import explained, hub_errors
 
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")
 MODEL_FILES = ("model*.safetensors", *TOKENIZER_FILES)
+ADAPTER_FILES = ("adapters.safetensors", "adapter_model.safetensors", *TOKENIZER_FILES)
 # Mistral's repositories hold the weights a second time under these names; fetching them would double the download.
 DUPLICATES = ("consolidated*", "tekken.json")
 
@@ -60,29 +62,11 @@ def hub_cache(cache_dir: str | os.PathLike[str] | None) -> Path | None:
 def snapshot(name: str, revision: str | None, cache: Path | None, files: Sequence[str]) -> Path:
     """Return the local snapshot of Hub repository `name`, downloading what is missing; raises ModelError."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         found = snapshot_download(
             name, revision=revision, cache_dir=cache, allow_patterns=list(files), ignore_patterns=list(DUPLICATES)
         )
-    except HFValidationError as error:
-        raise ModelError(f"{name!r} is neither an existing folder nor a Hub name (owner/model): {error}") from error
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"The Hub has no model {name!r} that you may read. Check the name; log in if it is private."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"{name} has no revision {revision!r} on the Hub.") from error
-    except OSError as error:  # no network and not in the cache, a server's error, a full disk
-        raise ModelError(f"{name} could not be had from the Hub or its cache: {first_line(error)}") from error
+    except hub_errors() as error:
+        raise ModelError(explained(error, name, revision)) from error
     return Path(found)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text; the Hub's run over many."""
-    return str(error).strip().partition("\n")[0]

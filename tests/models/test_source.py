@@ -48,7 +48,7 @@ def test_the_offline_cache_answers(tmp_path: Path) -> None:
     )
     lines = done.stdout.splitlines()
     assert lines[:3] == ["130368 <s>"] * 3, done.stderr
-    assert lines[3].startswith("someone/other could not be had from the Hub or its cache:")
+    assert lines[3] == "The Hub may not be asked for someone/other (HF_HUB_OFFLINE). The cache does not have it either."
 
 
 def test_a_cache_folder_is_hugging_faces_home_or_the_snapshots_folder(tmp_path: Path) -> None:

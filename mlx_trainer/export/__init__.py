@@ -1,0 +1,1 @@
+"""Handing over what was trained: to the Hub, and to other programs."""
