@@ -1,0 +1,1 @@
+"""What leaves a training for other programs, and the proof that they compute the same."""
