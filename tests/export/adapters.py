@@ -10,6 +10,15 @@ from mlx.utils import tree_flatten
 
 from mlx_trainer.models.loading import load_model
 
+ROWS = [[1, 17, 300, 45, 9, 211], [1, 5, 6, 350, 2]]
+
+
+def tensors_of(directory: Path) -> dict[str, mx.array]:
+    """All tensors of the safetensors files in a folder, read."""
+    found = {name: value for path in directory.glob("*.safetensors") for name, value in mx.load(str(path)).items()}
+    mx.eval(found)
+    return found
+
 
 def random_adapter(
     base: Path,

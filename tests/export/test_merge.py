@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,12 @@ from mlx_trainer.export.merge import merge
 from mlx_trainer.export.unmerge import check_unmerge
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.loading import load_model, load_tokenizer
-from tests.export.adapters import random_adapter
+from tests.export.adapters import ROWS, random_adapter, tensors_of
 from tests.tiny import tiny_mistral, write_tokenizer
 
-ROWS = [[1, 17, 300, 45, 9, 211], [1, 5, 6, 350, 2]]
 ALL = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"] + [
     f"mlp.{name}_proj" for name in ("gate", "up", "down")
 ]
-
-
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """On a CPU each fused kernel costs a second of C++ compiler."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-def tensors_of(directory: Path) -> dict[str, mx.array]:
-    """All weights of a model folder, read."""
-    found = {name: value for path in directory.glob("model*.safetensors") for name, value in mx.load(str(path)).items()}
-    mx.eval(found)
-    return found
 
 
 def adapted_logits(base: Path, adapter: Path) -> list[np.ndarray[Any, Any]]:
@@ -92,7 +75,7 @@ def foreign_base(directory: Path, kind: str) -> Path:
         "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
         "gemma3_text": {"sliding_window_pattern": 2},
         "cohere2": {"num_hidden_layers": 4},
-        "phi": {"hidden_size": 64, "head_dim": 16},
+        "phi": {"hidden_size": 64, "head_dim": 16, "partial_rotary_factor": 0.4},
     }.get(kind, {})
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **(sizes | own))
