@@ -55,21 +55,21 @@ def combine(
     *,
     rank: int | None = None,
     density: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Combined:
     """Write to the new folder `output` an adapter in mlx-lm's layout that is the weighted sum of `adapters`.
 
     `weights` are 1 each by default; a negative one subtracts. `rank` is that of the result, for svd, ties and dare (by
     default the highest among the adapters); `density` is the share of values that ties and dare keep (0.5), `seed`
-    which ones dare does. Layers of one adapter alone count as 0 in the others. Raises ModelError for adapters of
-    different bases or shapes, for DoRA, whose magnitudes are no sum, for whole weights, and layers of experts.
+    (0) says which ones dare does. A layer that an adapter does not have counts as 0. Raises ModelError for adapters
+    of different bases or shapes, for DoRA, whose magnitudes are no sum, for whole weights, and layers of experts.
     """
     weights = [1.0] * len(adapters) if weights is None else weights
-    check(adapters, weights, method, rank, density)
+    check(adapters, weights, method, rank, density, seed)
     read = [read_adapter(path) for path in adapters]
     check_alike(read)
     rank = rank or max(update.a.shape[1] for adapter in read for update in adapter.updates.values())
-    way = way_of(method, rank, DENSITY if density is None else density, seed)
+    way = way_of(method, rank, DENSITY if density is None else density, seed or 0)
     with complete_folder(output) as folder:
         layers = fits(read, weights, way)
         reached = max(fit.a.shape[1] for fit in layers.values())
@@ -79,7 +79,12 @@ def combine(
 
 
 def check(
-    adapters: Sequence[Path], weights: Sequence[float], method: str, rank: int | None, density: float | None
+    adapters: Sequence[Path],
+    weights: Sequence[float],
+    method: str,
+    rank: int | None,
+    density: float | None,
+    seed: int | None,
 ) -> None:
     """Raise ModelError where an option is out of its range, or does nothing with this method."""
     if not adapters or len(weights) != len(adapters):
@@ -92,6 +97,8 @@ def check(
         raise ModelError(f"rank {rank}: svd, ties and dare take one, at least 1; cat and linear are exact without.")
     if density is not None and (method not in ("ties", "dare") or not 0 < density <= 1):
         raise ModelError(f"density {density:g}: ties and dare take one, above 0 and at most 1.")
+    if seed is not None and (method != "dare" or seed < 0):
+        raise ModelError(f"seed {seed}: dare takes one, at least 0; the other methods draw nothing.")
 
 
 def check_alike(adapters: Sequence[Adapter]) -> None:

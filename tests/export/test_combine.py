@@ -191,6 +191,7 @@ def test_what_cannot_be_combined_is_refused_by_name(tmp_path: Path, pair: list[P
         "rank 0: svd": lambda: combine(pair, new, method="svd", rank=0),
         "density 0.5: ties and dare": lambda: combine(pair, new, method="svd", density=0.5),
         "density 0: ties and dare": lambda: combine(pair, new, method="ties", density=0.0),
+        "seed 1: dare takes one": lambda: combine(pair, new, seed=1),
         "holds no adapter": lambda: combine([tmp_path / "base"], new),
     }.items():
         with pytest.raises(ModelError, match=message):

@@ -305,9 +305,9 @@ def test_a_kill_leaves_no_model_folder_and_the_next_merge_clears_up(tmp_path: Pa
     base = tiny_mistral(tmp_path / "base")
     adapter = random_adapter(base, tmp_path / "adapter")
     code = (
-        "import os, sys; from pathlib import Path; from mlx_trainer.export import merge\n"
-        "merge.measure_logits = lambda *a, **k: os.kill(os.getpid(), 9)\n"
-        "merge.merge(Path(sys.argv[1]), Path(sys.argv[2]), rows=[[1, 5, 6]])"
+        "import os, sys; from pathlib import Path; from mlx_trainer.export.merge import merge\n"
+        "sys.modules[merge.__module__].measure_logits = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+        "merge(Path(sys.argv[1]), Path(sys.argv[2]), rows=[[1, 5, 6]])"
     )
     done = subprocess.run([sys.executable, "-c", code, adapter, tmp_path / "merged"])
     assert done.returncode == -9

@@ -1,0 +1,104 @@
+"""The commands that make one thing of several: an adapter and its base, or some adapters."""
+
+from pathlib import Path
+
+from mlx_trainer.commands.command import Command, Given
+from mlx_trainer.config import ConfigError
+from mlx_trainer.config.arguments import weighed
+
+ROWS = 64
+"""Rows of --data at most; the effect is measured on 1,024 tokens of them."""
+MERGING = ("dtype", "requantize", "bits", "max_loss", "trust_remote_code")
+
+
+def merge(given: Given) -> int:
+    """Merge an adapter into its base, or check a merged model; the code is 1 where it is not what it should be."""
+    from mlx_trainer import export
+
+    first, second = Path(given["first"]), Path(given["second"])
+    if "unmerge" not in given:
+        options = {name: given[name] for name in MERGING if name in given}
+        rows = effect_rows(first, given) if "data" in given else None
+        print(export.merge(first, second, base=given.get("model"), rows=rows, **options))
+        return 0
+    if useless := [name for name in (*MERGING, "data") if name in given]:
+        raise ConfigError(f"--{useless[0].replace('_', '-')} is for merging; --unmerge checks what was merged")
+    result = export.check_unmerge(first, second, base=given.get("model"))
+    print(result)
+    return int(bool(result.wrong))
+
+
+def effect_rows(adapter: Path, given: Given) -> list[list[int]]:
+    """Return the first rows of --data as ids, as they would be trained on."""
+    from mlx_trainer import export
+    from mlx_trainer.data import DataPipeline
+    from mlx_trainer.models import load_tokenizer
+
+    tokenizer = load_tokenizer(export.base_directory(export.read_adapter(adapter), given.get("model")))
+    data = DataPipeline(given["data"], tokenizer, train_split=1.0, shuffle=False)
+    return [row.ids.tolist() for row in data.train_rows[:ROWS]]
+
+
+def combine(given: Given) -> int:
+    """Add adapters up."""
+    *words, output = given["folders"]
+    if not words:
+        raise ConfigError("combine takes adapters and then the new folder, such as `combine one=0.7 two=0.3 both`")
+    from mlx_trainer import export
+
+    pairs = [weighed(word) for word in words]
+    adapters, weights = [Path(path) for path, _ in pairs], [1.0 if weight is None else weight for _, weight in pairs]
+    options = {name: given[name] for name in ("method", "rank", "density", "seed") if name in given}
+    print(export.combine(adapters, Path(output), weights, **options))
+    return 0
+
+
+COMMANDS = {
+    "merge": Command(
+        merge,
+        "Merge an adapter into its base model, for programs that open models only.",
+        "ADAPTER OUTPUT [--model NAME] [--dtype NAME] [--requantize [--bits N]] | --unmerge MERGED ADAPTER",
+        (),
+        {
+            "first": {"metavar": "ADAPTER", "help": "folder of the adapter; with --unmerge of the merged model"},
+            "second": {"metavar": "OUTPUT", "help": "new folder for the merged model; with --unmerge the adapter's"},
+            "--model": {"metavar": "NAME", "help": "base model (default: the one that the adapter names)"},
+            "--dtype": {"metavar": "NAME", "help": "float16, bfloat16 or float32 (default: as in the base's files)"},
+            "--requantize": {"action": "store_true", "help": "pack a quantized base again; loses of the effect"},
+            "--bits": {"type": int, "metavar": "N", "help": "bits for --requantize (default: the base's own)"},
+            "--max-loss": {
+                "type": float,
+                "metavar": "X",
+                "help": "refuse to lose more of the adapter's effect (default 0.05; with --requantize any)",
+            },
+            "--data": {"metavar": "FILE", "help": "rows to measure the effect on (default: eight sentences)"},
+            "--trust-remote-code": {"action": "store_true", "help": "run, and copy, Python code that the base brings"},
+            "--unmerge": {"action": "store_true", "help": "check that a merged model minus its adapter is the base"},
+        },
+    ),
+    "combine": Command(
+        combine,
+        "Make one adapter of several of the same base, each with a weight.",
+        "ADAPTER[=WEIGHT] ... OUTPUT [--method cat|linear|svd|ties|dare] [--rank N] [--density X]",
+        (),
+        {
+            "folders": {
+                "nargs": "+",
+                "metavar": "ADAPTER[=WEIGHT]",
+                "help": "adapters, as in one=0.7 two=-0.3 (1 where no weight stands), and last the new folder",
+            },
+            "--method": {"metavar": "NAME", "help": "cat, linear, svd, ties or dare (default linear, which is exact)"},
+            "--rank": {
+                "type": int,
+                "metavar": "N",
+                "help": "rank for svd, ties, dare (default: the adapters' highest)",
+            },
+            "--density": {
+                "type": float,
+                "metavar": "X",
+                "help": "share of values that ties and dare keep (default 0.5)",
+            },
+            "--seed": {"type": int, "metavar": "N", "help": "which values dare keeps (default 0)"},
+        },
+    ),
+}
