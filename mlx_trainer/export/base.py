@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 from mlx.utils import tree_flatten
 
 from mlx_trainer.models.error import ModelError
@@ -61,29 +61,34 @@ class Base:
     standard: bool
 
 
-def open_base(directory: Path, targets: Collection[str], *, trust_remote_code: bool = False) -> Base:
+def open_base(
+    directory: Path, targets: Collection[str], *, keep_packed: bool = False, trust_remote_code: bool = False
+) -> Base:
     """Return the weights in `directory`, under their names in its files where `targets` are among these.
 
-    Else, as with experts that mlx-lm stacks, or a quantization that is not MLX's, as mlx-lm loads them. Raises
-    ModelError where a target is in neither, since the adapter is then another model's.
+    Else, as with experts that mlx-lm stacks, or a quantization that is not MLX's, as mlx-lm loads them. `keep_packed`
+    unpacks the targets alone. Raises ModelError where a target is in neither, since the adapter is then another
+    model's.
     """
     refuse_odd_files(directory)
     names = tensor_names(directory)
     settings = normalised(read_config(directory), names)
     foreign = "quantization_config" in settings and "quantization" not in settings
     if not foreign and names.issuperset(targets):
-        return from_files(directory, settings)
-    base = from_model(directory, settings, trust_remote_code)
+        base = from_files(directory, settings)
+    else:
+        base = from_model(directory, settings, trust_remote_code)
     if missing := sorted(set(targets) - base.weights.keys()):
         raise ModelError(
             f"{directory} has no {missing[0]} ({len(missing)} of the adapter's {len(targets)} weights are missing); "
             "give the base model that it was trained on."
         )
-    return base
+    packed = {path: how for path, how in base.packing.items() if not keep_packed or f"{path}.weight" in targets}
+    return evolve(base, weights=unpacked(base.weights, packed))
 
 
 def from_files(directory: Path, settings: ModelSettings) -> Base:
-    """Return what the files hold."""
+    """Return what the files hold, packed as it is."""
     paths = sorted(directory.glob("model*.safetensors"))
     tensors = {name: value for path in paths for name, value in open_tensors(path).items()}
     if settings["tie_word_embeddings"]:
@@ -99,7 +104,7 @@ def from_files(directory: Path, settings: ModelSettings) -> Base:
 
 
 def from_model(directory: Path, settings: ModelSettings, trust_remote_code: bool) -> Base:
-    """Return what mlx-lm makes of the files, under its names."""
+    """Return what mlx-lm makes of the files, under its names, packed as it is."""
     model = load_model(directory, dtype=None, lazy=True, trust_remote_code=trust_remote_code)
     tensors = dict(tree_flatten(model.parameters()))
     packing = {
@@ -114,9 +119,9 @@ def from_model(directory: Path, settings: ModelSettings, trust_remote_code: bool
 def base_of(
     settings: ModelSettings, tensors: Mapping[str, mx.array], packing: Mapping[str, Packing], standard: bool
 ) -> Base:
-    """Return the base model with these tensors."""
+    """Return the base model with these tensors, packed as they are."""
     dtypes = {name: value.dtype for name, value in tensors.items() if name.removesuffix(".weight") not in packing}
-    return Base(settings, unpacked(tensors, packing), packing, dtypes, main_dtype(tensors), standard)
+    return Base(settings, dict(tensors), packing, dtypes, main_dtype(tensors), standard)
 
 
 def written_format(path: Path) -> str | None:

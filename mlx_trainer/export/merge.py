@@ -72,7 +72,8 @@ def merge(
         check_dtype(dtype, full=False)
     read = read_adapter(adapter)
     source = base_directory(read, base)
-    opened = open_base(source, read.targets, trust_remote_code=trust_remote_code)
+    again = requantize and bits is None  # then what the adapter leaves alone stays as it is packed, bit for bit
+    opened = open_base(source, read.targets, keep_packed=again, trust_remote_code=trust_remote_code)
     packing = packing_for(opened, requantize, bits)
     with mx.stream(mx.cpu):  # float32 as it is whichever the device: CUDA multiplies in TF32
         merge_into(opened.weights, read)

@@ -216,6 +216,21 @@ def test_a_requantized_merge_is_packed_and_tells_what_it_lost(tmp_path: Path, bi
     assert not result.standard
 
 
+def test_what_the_adapter_leaves_alone_stays_packed_bit_for_bit(tmp_path: Path) -> None:
+    """Packing again what was unpacked need not give the same bits, so only the adapter's layers are."""
+    base = tiny_mistral(tmp_path / "base", bits=3)
+    adapter = random_adapter(base, tmp_path / "adapter", ["self_attn.q_proj"])
+    merged, before = (
+        tensors_of(merge(adapter, tmp_path / "merged", requantize=True, rows=ROWS).directory),
+        tensors_of(base),
+    )
+    assert merged.keys() == before.keys()
+    differing = {name for name in before if not mx.array_equal(merged[name], before[name]).item()}
+    assert {name.rpartition(".")[0] for name in differing} == {
+        f"model.layers.{block}.self_attn.q_proj" for block in (0, 1)
+    }
+
+
 def test_a_loss_above_the_limit_leaves_nothing(tmp_path: Path) -> None:
     """A small adapter merged into bfloat16 is rounded away: refused with the figure; a higher limit lets it pass."""
     base = tiny_mistral(tmp_path / "base", dtype=mx.bfloat16)
