@@ -26,7 +26,7 @@ from mlx_trainer.export.merge import merge, merge_into, rounding
 from mlx_trainer.export.saving import save_weights
 
 VOCABULARY, RANK = 4096, 16
-EFFECTS = (0.05, 0.2, 0.6)
+EFFECTS = (0.05, 0.5)
 BASES: tuple[Mapping[str, Any] | None, ...] = (
     None,
     *({"group_size": 64, "bits": bits} for bits in (2, 3, 4, 6, 8)),
@@ -34,7 +34,7 @@ BASES: tuple[Mapping[str, Any] | None, ...] = (
     {"group_size": 16, "bits": 4, "mode": "nvfp4"},
     {"group_size": 32, "bits": 8, "mode": "mxfp8"},
 )
-ROWS = np.random.default_rng(0).integers(VOCABULARY, size=(8, 32)).tolist()
+ROWS = np.random.default_rng(0).integers(VOCABULARY, size=(4, 16)).tolist()
 
 
 def main() -> None:

@@ -43,10 +43,17 @@ class Merged:
     def __str__(self) -> str:
         """What became of the adapter, for people."""
         programs = "mlx-lm and transformers" if self.standard else "mlx-lm"
+        advice = f" To lose less, {self.advice}." if self.lost > MAX_LOSS else ""
         return (
             f"{self.directory}: {self.changed} weights merged into {self.kind}, for {programs}; "
-            f"{percent(self.lost)} of the adapter's effect is lost."
+            f"{percent(self.lost)} of the adapter's effect is lost.{advice}"
         )
+
+    @property
+    def advice(self) -> str:
+        """What would lose less of the effect."""
+        other = "use --dtype float32" if self.kind in DTYPES else "leave --requantize out, or take more --bits"
+        return f"{other}, or keep the adapter beside its base"
 
 
 def merge(
@@ -189,8 +196,8 @@ def check_loss(merged: Merged, limit: float) -> None:
     if merged.lost > limit:
         raise ModelError(
             f"Merged into {merged.kind}, {percent(merged.lost)} of the adapter's effect is lost, more than --max-loss "
-            f"{limit:g}. Its effect, {percent(merged.effect)} of the logits, is small beside its rounding; "
-            "use --dtype float32, keep the adapter beside its base, or raise --max-loss."
+            f"{limit:g}. Its effect, {percent(merged.effect)} of the logits, is small beside the rounding; "
+            f"{merged.advice}, or raise --max-loss."
         )
 
 

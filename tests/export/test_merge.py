@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from mlx_trainer.export import saving
-from mlx_trainer.export.base import SAME_NAMES, main_dtype
+from mlx_trainer.export.base import SAME_NAMES, main_dtype, open_base
+from mlx_trainer.export.delta import read_adapter
 from mlx_trainer.export.effect import SENTENCES, measure_effect, sentence_rows
-from mlx_trainer.export.merge import merge
+from mlx_trainer.export.merge import merge, merge_into, rounding
+from mlx_trainer.export.saving import save_weights
 from mlx_trainer.export.unmerge import check_unmerge
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.loading import load_model, load_tokenizer
@@ -209,11 +211,49 @@ def test_a_requantized_merge_is_packed_and_tells_what_it_lost(tmp_path: Path, bi
     lost = np.linalg.norm(merged - adapted) / np.linalg.norm(adapted - alone)
     assert result.lost == pytest.approx(lost, rel=1e-3)
     assert 0.001 < lost < 2
-    assert str(result).endswith("of the adapter's effect is lost.")
+    told = str(result).partition("of the adapter's effect is lost.")[2]
+    assert told.startswith(" To lose less, leave --requantize out, or take more --bits") == (lost > 0.05)
     settings = json.loads((result.directory / "config.json").read_text())
     assert settings["quantization"] == {"group_size": 32, "bits": to or bits, "mode": "affine"}
     assert tensors_of(result.directory)["lm_head.weight"].shape == (384, 64 * (to or bits) // 32)
     assert not result.standard
+
+
+def other_packing(directory: Path, packing: dict[str, Any], second: dict[str, Any]) -> Path:
+    """A tiny model packed in other ways: layer 1's linear layers as `second`, all other matrices as `packing`."""
+    base = tiny_mistral(directory)
+    tensors, settings = tensors_of(base), json.loads((base / "config.json").read_text())
+    settings["quantization"] = dict(packing)
+    for name in [name for name, value in tensors.items() if value.ndim == 2]:
+        path = name.removesuffix(".weight")
+        how = second if "layers.1" in path else packing
+        parts = mx.quantize(tensors.pop(name), **how)
+        tensors |= dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), parts, strict=False))
+        settings["quantization"] |= {path: how} if how is not packing else {}
+    mx.save_safetensors(str(base / "model.safetensors"), tensors)
+    (base / "config.json").write_text(json.dumps(settings))
+    return base
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8", "affine"])
+def test_every_packing_merges_and_is_packed_again(tmp_path: Path, mode: str) -> None:
+    """Microscaling formats, and layers packed in two ways: dequantized exactly, or each packed again as it was."""
+    size = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8), "affine": (64, 6)}[mode]
+    packing = {"group_size": size[0], "bits": size[1], "mode": mode}
+    second = {"group_size": 32, "bits": 8, "mode": "affine"}
+    base = other_packing(tmp_path / "base", packing, second)
+    adapter = random_adapter(base, tmp_path / "adapter", ALL)
+    merged = merge(adapter, tmp_path / "merged", rows=ROWS)
+    assert_close(mlx_lm_logits(merged.directory), adapted_logits(base, adapter))
+    assert check_unmerge(merged.directory, adapter).wrong == ()
+    again = merge(adapter, tmp_path / "again", requantize=True, rows=ROWS)
+    assert {name: value.shape for name, value in tensors_of(again.directory).items()} == {
+        name: value.shape for name, value in tensors_of(base).items()
+    }
+    before, after = open_base(base, []), open_base(again.directory, [])
+    assert len(set(before.packing.values())) == 2
+    assert after.packing == before.packing
+    assert 0 < again.lost < 1
 
 
 def test_what_the_adapter_leaves_alone_stays_packed_bit_for_bit(tmp_path: Path) -> None:
@@ -371,3 +411,19 @@ def test_the_built_in_rows_are_sentences_of_the_base_s_own_tokenizer(tmp_path: P
     adapter = random_adapter(base, tmp_path / "adapter")
     assert merge(adapter, tmp_path / "merged").effect == measure_effect(base, adapter, rows).size
     assert load_model(tmp_path / "merged", dtype=None).layers
+
+
+def test_memory_holds_one_file_and_one_weight(tmp_path: Path) -> None:
+    """Weights are computed and written one after the other: not a copy of the model, nor two, nor three."""
+    base = tiny_mistral(tmp_path / "base", hidden_size=256, layers=6)
+    adapter = read_adapter(random_adapter(base, tmp_path / "adapter", ALL))
+    sizes = [value.nbytes for value in tensors_of(base).values()]
+    opened = open_base(base, adapter.targets)
+    (tmp_path / "merged").mkdir()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    merge_into(opened.weights, adapter)
+    save_weights(tmp_path / "merged", opened.weights, rounding(opened, None, {}), shard_bytes=2 * max(sizes))
+    assert mx.get_peak_memory() - before < (2 + 5) * max(sizes) < 0.5 * sum(sizes)
+    assert mx.get_active_memory() - before < max(sizes)
