@@ -33,9 +33,11 @@ def effect_rows(adapter: Path, given: Given) -> list[list[int]]:
     from mlx_trainer import export
     from mlx_trainer.data import DataPipeline
     from mlx_trainer.models import load_tokenizer
+    from mlx_trainer.models.hf_config import read_config, vocabulary_size
 
-    tokenizer = load_tokenizer(export.base_directory(export.read_adapter(adapter), given.get("model")))
-    data = DataPipeline(given["data"], tokenizer, train_split=1.0, shuffle=False)
+    base = export.base_directory(export.read_adapter(adapter), given.get("model"))
+    size = vocabulary_size(read_config(base))
+    data = DataPipeline(given["data"], load_tokenizer(base), train_split=1.0, shuffle=False, vocabulary_size=size)
     return [row.ids.tolist() for row in data.train_rows[:ROWS]]
 
 

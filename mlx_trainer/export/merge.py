@@ -77,6 +77,8 @@ def merge(
     """
     if dtype is not None:
         check_dtype(dtype, full=False)
+    if max_loss is not None and not max_loss >= 0:
+        raise ModelError(f"--max-loss is {max_loss:g}; it is a share, at least 0, such as 0.05.")
     read = read_adapter(adapter)
     source = base_directory(read, base)
     again = requantize and bits is None  # then what the adapter leaves alone stays as it is packed, bit for bit

@@ -162,6 +162,32 @@ def test_mlx_lm_opens_the_result_and_it_merges(tmp_path: Path, pair: list[Path],
     assert read_adapter(result.directory).base == str(tmp_path / "base")
 
 
+@pytest.mark.parametrize(("method", "theirs"), [("cat", "cat"), ("svd", "svd"), ("ties", "ties_svd")])
+def test_real_peft_combines_to_the_same(tmp_path: Path, method: str, theirs: str) -> None:
+    """`add_weighted_adapter` of the same two adapters with equal weights, for one layer."""
+    peft = pytest.importorskip("peft", reason="PEFT itself is asked; extra `interop`")
+    torch = pytest.importorskip("torch", reason="PEFT needs torch")
+    base = tiny_mistral(tmp_path / "base")
+    pair = [random_adapter(base, tmp_path / name, ["mlp.down_proj"], scale=2.0, seed=i) for i, name in enumerate("ab")]
+    model = peft.get_peft_model(
+        torch.nn.ModuleDict({"down_proj": torch.nn.Linear(128, 64, bias=False)}),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["down_proj"]),
+        adapter_name="0",
+    )
+    model.add_adapter("1", peft.LoraConfig(r=4, lora_alpha=8, target_modules=["down_proj"]))
+    layer = model.base_model.model["down_proj"]
+    for name, adapter in enumerate(pair):
+        update = read_adapter(adapter).updates[DOWN]
+        layer.lora_A[str(name)].weight.data = torch.tensor(np.array(update.a).T.copy())
+        layer.lora_B[str(name)].weight.data = torch.tensor(np.array(update.b).T.copy())
+    options = {"density": 0.3} if method == "ties" else {}
+    peft_rank = {"svd_rank": 3} if method != "cat" else {}
+    model.base_model.add_weighted_adapter(["0", "1"], [0.6, 0.6], "both", theirs, **peft_rank, **options)
+    result = combine(pair, tmp_path / "sum", [0.6, 0.6], method, **({"rank": 3} if method != "cat" else {}), **options)
+    expected = layer.get_delta_weight("both").detach().numpy().T
+    np.testing.assert_allclose(deltas(result.directory)[DOWN], expected, atol=1e-5)
+
+
 def test_embeddings_can_be_combined(tmp_path: Path) -> None:
     """Their factors stand the other way round, which a sum does not see."""
     base = tiny_mistral(tmp_path / "base")

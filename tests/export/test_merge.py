@@ -256,6 +256,22 @@ def test_every_packing_merges_and_is_packed_again(tmp_path: Path, mode: str) -> 
     assert 0 < again.lost < 1
 
 
+def test_a_base_that_others_quantized_is_merged_as_mlx_lm_loads_it(tmp_path: Path) -> None:
+    """config.json names a method that is not MLX's own: mlx-lm's reading of it is dequantized, or packed again."""
+    packing = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    base = other_packing(tmp_path / "base", packing, packing)
+    settings = json.loads((base / "config.json").read_text())
+    del settings["quantization"]
+    (base / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "mxfp4"}}))
+    adapter = random_adapter(base, tmp_path / "adapter", ["self_attn.q_proj"])
+    merged = merge(adapter, tmp_path / "merged", rows=ROWS).directory
+    assert_close(mlx_lm_logits(merged), adapted_logits(base, adapter))
+    assert_close(transformers_logits(merged), adapted_logits(base, adapter))
+    again = merge(adapter, tmp_path / "again", requantize=True, rows=ROWS).directory
+    assert json.loads((again / "config.json").read_text())["quantization"] == packing
+    assert len(mlx_lm_logits(again)) == len(ROWS)
+
+
 def test_what_the_adapter_leaves_alone_stays_packed_bit_for_bit(tmp_path: Path) -> None:
     """Packing again what was unpacked need not give the same bits, so only the adapter's layers are."""
     base = tiny_mistral(tmp_path / "base", bits=3)
@@ -393,6 +409,7 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path) -> None:
         "--requantize is for a quantized base": lambda: merge(adapter, new, requantize=True, rows=ROWS),
         "--bits 4 is for --requantize": lambda: merge(adapter, new, bits=4, rows=ROWS),
         "--bits is 7": lambda: merge(packed, new, requantize=True, bits=7, rows=ROWS),
+        "--max-loss is nan": lambda: merge(adapter, new, max_loss=float("nan"), rows=ROWS),
         "There is no row to measure": lambda: merge(adapter, new, rows=[[]]),
         "dtype 'float8' is unknown": lambda: merge(adapter, new, dtype="float8", rows=ROWS),
     }.items():
