@@ -8,37 +8,39 @@ from mlx_trainer.config.arguments import weighed
 
 ROWS = 64
 """Rows of --data at most; the effect is measured on 1,024 tokens of them."""
-MERGING = ("dtype", "requantize", "bits", "max_loss", "trust_remote_code")
+MERGING = {"dtype", "requantize", "bits", "max_loss", "trust_remote_code"}
 
 
 def merge(given: Given) -> int:
     """Merge an adapter into its base, or check a merged model; the code is 1 where it is not what it should be."""
     from mlx_trainer import export
 
-    first, second = Path(given["first"]), Path(given["second"])
-    if "unmerge" not in given:
-        options = {name: given[name] for name in MERGING if name in given}
-        rows = effect_rows(first, given) if "data" in given else None
-        print(export.merge(first, second, base=given.get("model"), rows=rows, **options))
-        return 0
-    if useless := [name for name in (*MERGING, "data") if name in given]:
+    checking = "unmerge" in given
+    if useless := [name for name in sorted({*MERGING, "data"}) if checking and name in given]:
         raise ConfigError(f"--{useless[0].replace('_', '-')} is for merging; --unmerge checks what was merged")
-    result = export.check_unmerge(first, second, base=given.get("model"))
-    print(result)
-    return int(bool(result.wrong))
+    first, second = Path(given["first"]), Path(given["second"])
+    loading = {name: given[name] for name in ("revision", "cache_dir") if name in given}
+    base = export.base_directory(export.read_adapter(second if checking else first), given.get("model"), **loading)
+    if checking:
+        result = export.check_unmerge(first, second, base=str(base))
+        print(result)
+        return int(bool(result.wrong))
+    rows = rows_of(given["data"], base) if "data" in given else None
+    print(
+        export.merge(first, second, base=str(base), rows=rows, **{name: given[name] for name in MERGING & given.keys()})
+    )
+    return 0
 
 
-def effect_rows(adapter: Path, given: Given) -> list[list[int]]:
-    """Return the first rows of --data as ids, as they would be trained on."""
-    from mlx_trainer import export
+def rows_of(data: str, base: Path) -> list[list[int]]:
+    """Return the first rows of a data file as ids, as they would be trained on."""
     from mlx_trainer.data import DataPipeline
     from mlx_trainer.models import load_tokenizer
     from mlx_trainer.models.hf_config import read_config, vocabulary_size
 
-    base = export.base_directory(export.read_adapter(adapter), given.get("model"))
     size = vocabulary_size(read_config(base))
-    data = DataPipeline(given["data"], load_tokenizer(base), train_split=1.0, shuffle=False, vocabulary_size=size)
-    return [row.ids.tolist() for row in data.train_rows[:ROWS]]
+    pipeline = DataPipeline(data, load_tokenizer(base), train_split=1.0, shuffle=False, vocabulary_size=size)
+    return [row.ids.tolist() for row in pipeline.train_rows[:ROWS]]
 
 
 def combine(given: Given) -> int:
@@ -65,6 +67,8 @@ COMMANDS = {
             "first": {"metavar": "ADAPTER", "help": "folder of the adapter; with --unmerge of the merged model"},
             "second": {"metavar": "OUTPUT", "help": "new folder for the merged model; with --unmerge the adapter's"},
             "--model": {"metavar": "NAME", "help": "base model (default: the one that the adapter names)"},
+            "--revision": {"metavar": "NAME", "help": "branch, tag or commit of the base on the Hub"},
+            "--cache-dir": {"metavar": "DIR", "help": "Hugging Face cache that the base is in"},
             "--dtype": {"metavar": "NAME", "help": "float16, bfloat16 or float32 (default: as in the base's files)"},
             "--requantize": {"action": "store_true", "help": "pack a quantized base again; loses of the effect"},
             "--bits": {"type": int, "metavar": "N", "help": "bits for --requantize (default: the base's own)"},

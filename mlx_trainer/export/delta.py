@@ -11,6 +11,7 @@ from mlx_trainer.models.adapters import CONFIG, TENSORS, check_finite
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.models.loading import open_tensors
+from mlx_trainer.monitoring import visible
 
 FACTORS = ("lora_a", "lora_b", "m")
 
@@ -43,7 +44,11 @@ class Update:
     def merged(self, weight: mx.array) -> mx.array:
         """`W + ΔW`, or with magnitudes `m (W + ΔW) / ‖W + ΔW‖` row by row (https://arxiv.org/abs/2402.09353)."""
         adapted = weight.astype(mx.float32) + self.delta(weight.shape)
-        return adapted if self.m is None else adapted * (self.m / row_norms(adapted))[:, None]
+        if self.m is None:
+            return adapted
+        if self.m.shape != adapted.shape[:1]:
+            raise ValueError(f"magnitudes {self.m.shape} do not fit a weight of {adapted.shape}")
+        return adapted * (self.m / row_norms(adapted))[:, None]
 
     def unmerged(self, merged: mx.array, weight: mx.array) -> mx.array:
         """W again, from what `merged` made of it; the norms that DoRA divided by are those of the base's `weight`."""
@@ -97,11 +102,15 @@ def updates(tensors: Mapping[str, mx.array], scale: float, directory: Path) -> d
     for name, value in tensors.items():
         path, _, factor = name.rpartition(".")
         if factor not in FACTORS:
-            raise ModelError(f"{directory / TENSORS}: {name} is none of {', '.join(FACTORS)}; what is it for?")
+            raise ModelError(
+                f"{directory / TENSORS}: {visible(name)} is none of {', '.join(FACTORS)}; it belongs to no adapter."
+            )
         layers.setdefault(path, {})[factor] = value
     for path, factors in layers.items():
         if not {"lora_a", "lora_b"} <= factors.keys():
-            raise ModelError(f"{directory / TENSORS} has of {path} only {', '.join(sorted(factors))}; it is damaged.")
+            raise ModelError(
+                f"{directory / TENSORS} has of {visible(path)} only {', '.join(sorted(factors))}; it is damaged."
+            )
     return {
         path: Update(factors["lora_a"], factors["lora_b"], scale, factors.get("m")) for path, factors in layers.items()
     }

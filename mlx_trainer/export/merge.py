@@ -100,12 +100,17 @@ def merge(
     return evolve(result, standard=opened.standard and not packing)
 
 
-def base_directory(adapter: Adapter, base: str | None) -> Path:
-    """Return the folder of the base model that is named, or that the adapter names; raises ModelError without any."""
+def base_directory(
+    adapter: Adapter, base: str | None = None, *, revision: str | None = None, cache_dir: str | None = None
+) -> Path:
+    """Return the folder of the base model that is named, or that the adapter names; raises ModelError without any.
+
+    A Hub name is downloaded as far as it is not in the cache; see `models.resolve`.
+    """
     name = base or adapter.base
     if name is None:
         raise ModelError(f"{adapter.directory} does not name its base model; give it with --model.")
-    return resolve(name)
+    return resolve(name, revision=revision, cache_dir=cache_dir)
 
 
 def packing_for(base: Base, requantize: bool, bits: int | None) -> Mapping[str, Packing]:

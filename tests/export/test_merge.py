@@ -444,3 +444,37 @@ def test_memory_holds_one_file_and_one_weight(tmp_path: Path) -> None:
     save_weights(tmp_path / "merged", opened.weights, rounding(opened, None, {}), shard_bytes=2 * max(sizes))
     assert mx.get_peak_memory() - before < (2 + 5) * max(sizes) < 0.5 * sum(sizes)
     assert mx.get_active_memory() - before < max(sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_b": None}, r"has of model\.layers\.0\.self_attn\.q_proj only lora_a; it is damaged"),
+        ({"lora_a": mx.zeros((64, 3))}, "give the base model that"),
+        ({"lora_a": mx.full((64, 4), float("nan"))}, "not finite|NaN"),
+        ({"m": mx.ones((1,))}, "magnitudes .* do not fit"),
+        ({"extra": mx.ones((1,))}, "extra is none of lora_a, lora_b, m"),
+    ],
+    ids=["half", "shape", "nan", "magnitudes", "stranger"],
+)
+def test_a_damaged_adapter_is_refused_by_name(tmp_path: Path, change: dict[str, mx.array | None], message: str) -> None:
+    """A factor that is missing, has another shape or is not finite, and tensors that belong to nothing."""
+    base = tiny_mistral(tmp_path / "base")
+    adapter = random_adapter(base, tmp_path / "adapter", ["self_attn.q_proj"])
+    tensors = tensors_of(adapter)
+    for factor, value in change.items():
+        tensors[f"model.layers.0.self_attn.q_proj.{factor}"] = value
+    kept = {name: value for name, value in tensors.items() if value is not None}
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), kept)
+    with pytest.raises(ModelError, match=message):
+        merge(adapter, tmp_path / "merged", rows=ROWS)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("config", ["[]", "{}", '{"lora_parameters": {"rank": 4}}', '{"lora_parameters": 3}', "{"])
+def test_a_damaged_configuration_is_refused(tmp_path: Path, config: str) -> None:
+    """Whatever stands in adapter_config.json, the error names the file."""
+    adapter = random_adapter(tiny_mistral(tmp_path / "base"), tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text(config)
+    with pytest.raises(ModelError, match=r"adapter_config\.json"):
+        merge(adapter, tmp_path / "merged", rows=ROWS)

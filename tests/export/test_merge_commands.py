@@ -105,3 +105,18 @@ def test_code_of_a_base_is_copied_only_where_it_is_trusted(folder: Path) -> None
     assert main(["merge", "adapter", "merged", "--trust-remote-code"]) == 0
     assert Path("merged/own.py").read_text() == "# code\n"
     assert merge(folder / "adapter", folder / "again", trust_remote_code=True).lost < 1e-4
+
+
+def test_a_base_of_the_hub_is_taken_from_the_cache_at_its_revision(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--revision and --cache-dir lead to a snapshot; a local folder has no revisions."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    tiny_mistral(folder / "hub" / "models--someone--tiny" / "snapshots" / commit, seed=7)
+    where = ["--model", "someone/tiny", "--cache-dir", str(folder), "--revision", commit]
+    assert run(capsys, "merge", "adapter", "merged", *where)[0] == 0
+    assert run(capsys, "merge", "--unmerge", "merged", "adapter", *where)[0] == 0
+    assert run(capsys, "merge", "--unmerge", "merged", "adapter")[0] == 1  # the adapter's own base is another one
+    code, text = run(capsys, "merge", "adapter", "other", "--revision", commit)
+    assert (code, "which has no revisions" in text) == (2, True)
