@@ -8,6 +8,7 @@ from mlx_trainer.config.arguments import weighed
 
 ROWS = 64
 """Rows of --data at most; the effect is measured on 1,024 tokens of them."""
+METHODS = ("cat", "linear", "svd", "ties", "dare")
 MERGING = {"dtype", "requantize", "bits", "max_loss", "trust_remote_code"}
 
 
@@ -26,9 +27,8 @@ def merge(given: Given) -> int:
         print(result)
         return int(bool(result.wrong))
     rows = rows_of(given["data"], base) if "data" in given else None
-    print(
-        export.merge(first, second, base=str(base), rows=rows, **{name: given[name] for name in MERGING & given.keys()})
-    )
+    options = {name: given[name] for name in MERGING & given.keys()}
+    print(export.merge(first, second, base=str(base), rows=rows, **options))
     return 0
 
 
@@ -69,7 +69,10 @@ COMMANDS = {
             "--model": {"metavar": "NAME", "help": "base model (default: the one that the adapter names)"},
             "--revision": {"metavar": "NAME", "help": "branch, tag or commit of the base on the Hub"},
             "--cache-dir": {"metavar": "DIR", "help": "Hugging Face cache that the base is in"},
-            "--dtype": {"metavar": "NAME", "help": "float16, bfloat16 or float32 (default: as in the base's files)"},
+            "--dtype": {
+                "choices": ("float32", "float16", "bfloat16"),
+                "help": "type of the merged weights (default: as in the base's files)",
+            },
             "--requantize": {"action": "store_true", "help": "pack a quantized base again; loses of the effect"},
             "--bits": {"type": int, "metavar": "N", "help": "bits for --requantize (default: the base's own)"},
             "--max-loss": {
@@ -93,17 +96,9 @@ COMMANDS = {
                 "metavar": "ADAPTER[=WEIGHT]",
                 "help": "adapters, as in one=0.7 two=-0.3 (1 where no weight stands), and last the new folder",
             },
-            "--method": {"metavar": "NAME", "help": "cat, linear, svd, ties or dare (default linear, which is exact)"},
-            "--rank": {
-                "type": int,
-                "metavar": "N",
-                "help": "rank for svd, ties, dare (default: the adapters' highest)",
-            },
-            "--density": {
-                "type": float,
-                "metavar": "X",
-                "help": "share of values that ties and dare keep (default 0.5)",
-            },
+            "--method": {"choices": METHODS, "help": "how they are added (default linear, which is exact)"},
+            "--rank": {"type": int, "metavar": "N", "help": "of svd, ties and dare (default: the adapters' highest)"},
+            "--density": {"type": float, "metavar": "X", "help": "share that ties and dare keep (default 0.5)"},
             "--seed": {"type": int, "metavar": "N", "help": "which values dare keeps (default 0)"},
         },
     ),

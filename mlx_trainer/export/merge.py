@@ -75,18 +75,14 @@ def merge(
     or to `bits`. The loss is measured on `rows` of token ids (default: eight sentences) and refused above `max_loss`:
     by default 0.05 without `requantize`, anything with it. Raises ModelError; nothing is left then.
     """
-    if dtype is not None:
-        check_dtype(dtype, full=False)
-    if max_loss is not None and not max_loss >= 0:
-        raise ModelError(f"--max-loss is {max_loss:g}; it is a share, at least 0, such as 0.05.")
+    check_options(dtype, max_loss)
     read = read_adapter(adapter)
     source = base_directory(read, base)
-    again = requantize and bits is None  # then what the adapter leaves alone stays as it is packed, bit for bit
-    opened = open_base(source, read.targets, keep_packed=again, trust_remote_code=trust_remote_code)
+    keep_packed = requantize and bits is None  # what the adapter leaves alone then stays as it is, bit for bit
+    opened = open_base(source, read.targets, keep_packed=keep_packed, trust_remote_code=trust_remote_code)
     packing = packing_for(opened, requantize, bits)
     with mx.stream(mx.cpu):  # float32 as it is whichever the device: CUDA multiplies in TF32
         merge_into(opened.weights, read)
-    limit = max_loss if max_loss is not None else (math.inf if requantize else MAX_LOSS)
     with complete_folder(output) as folder:
         rows = sentence_rows(source) if rows is None else rows
         effect = measure_effect(source, adapter, rows, trust_remote_code=trust_remote_code)
@@ -95,9 +91,18 @@ def merge(
         write_json(folder / "config.json", merged_settings(opened, dtype, packing))
         copy_files(source, folder, code=trust_remote_code)
         lost = effect.lost(measure_logits(folder, rows, trust_remote_code=trust_remote_code))
-        result = Merged(output, kind_of(opened, dtype, packing), len(read.targets), effect.size, lost, False)
-        check_loss(result, limit)
-    return evolve(result, standard=opened.standard and not packing)
+        standard = opened.standard and not packing
+        result = Merged(output, kind_of(opened, dtype, packing), len(read.targets), effect.size, lost, standard)
+        check_loss(result, math.inf if requantize and max_loss is None else max_loss)
+    return result
+
+
+def check_options(dtype: str | None, max_loss: float | None) -> None:
+    """Raise ModelError for a type that is unknown, and a loss that is no share."""
+    if dtype is not None:
+        check_dtype(dtype, full=False)
+    if max_loss is not None and not max_loss >= 0:
+        raise ModelError(f"--max-loss is {max_loss:g}; it is a share, at least 0, such as 0.05.")
 
 
 def base_directory(
@@ -173,13 +178,16 @@ def merged_settings(base: Base, dtype: str | None, packing: Mapping[str, Packing
     mlx-lm reads `torch_dtype`, transformers 5 `dtype`.
     """
     settings = dict(base.settings)
-    text = settings.get("text_config")
-    for part in (settings, text if isinstance(text, dict) else {}):
+    parts = [settings]
+    if isinstance(text := settings.get("text_config"), dict):
+        settings["text_config"] = dict(text)
+        parts.append(settings["text_config"])
+    for part in parts:
         part.pop("quantization", None)
         part.pop("quantization_config", None)
+        part["torch_dtype"] = part["dtype"] = dtype or name_of(base.dtype)
     if packing:
         settings["quantization"] = settings["quantization_config"] = quantization_of(packing)
-    settings["torch_dtype"] = settings["dtype"] = dtype or name_of(base.dtype)
     return settings
 
 
@@ -196,8 +204,9 @@ def name_of(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def check_loss(merged: Merged, limit: float) -> None:
+def check_loss(merged: Merged, limit: float | None) -> None:
     """Raise ModelError where more than `limit` of the adapter's effect is lost, or it has none that could be seen."""
+    limit = MAX_LOSS if limit is None else limit
     if math.isnan(merged.lost):
         raise ModelError("The adapter changes nothing on these rows, or the logits are not finite; give other --data.")
     if merged.lost > limit:

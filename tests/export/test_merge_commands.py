@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from mlx_trainer.cli import main
+from mlx_trainer.commands import COMMANDS
 from mlx_trainer.export import combine, merge, read_adapter
+from mlx_trainer.export.combine import METHODS
 from tests.export.adapters import random_adapter, tensors_of
 from tests.tiny import tiny_mistral
 
@@ -72,6 +74,7 @@ def test_the_effect_can_be_measured_on_own_rows(folder: Path, capsys: pytest.Cap
 
 def test_combine_takes_weights_and_options(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`one=0.7 two=-0.3 both`: the same as the library's call; a lone folder is no combination."""
+    assert COMMANDS["combine"].options["--method"]["choices"] == METHODS
     random_adapter(folder / "base", folder / "two", seed=9)
     code, text = run(capsys, "combine", "adapter=0.7", "two=-0.3", "both", "--method", "svd", "--rank", "3")
     assert code == 0
