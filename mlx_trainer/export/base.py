@@ -9,6 +9,7 @@ import mlx.core as mx
 from attrs import asdict, evolve, frozen
 from mlx.utils import tree_flatten
 
+from mlx_trainer.export.delta import Adapter, Update
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import ModelSettings, normalised, read_config
 from mlx_trainer.models.loading import load_model, open_tensors, refuse_odd_files, tensor_names
@@ -34,6 +35,9 @@ SAME_NAMES = (
     "starcoder2",
 )
 """Architectures whose weights mlx-lm calls and shapes as transformers does."""
+
+EXPERTS = {"gate_proj": ("gate_proj", "w1"), "down_proj": ("down_proj", "w2"), "up_proj": ("up_proj", "w3")}
+"""What the layers of a single expert are called in files, by mlx-lm's name of the stacked ones."""
 
 
 @frozen
@@ -66,15 +70,14 @@ def open_base(
 ) -> Base:
     """Return the weights in `directory`, under their names in its files where `targets` are among these.
 
-    Else, as with experts that mlx-lm stacks, or a quantization that is not MLX's, as mlx-lm loads them. `keep_packed`
+    Else, as with a quantization that is not MLX's, as mlx-lm loads them. `keep_packed`
     unpacks the targets alone. Raises ModelError where a target is in neither, since the adapter is then another
     model's.
     """
     refuse_odd_files(directory)
     names = tensor_names(directory)
     settings = normalised(read_config(directory), names)
-    foreign = "quantization_config" in settings and "quantization" not in settings
-    if not foreign and names.issuperset(targets):
+    if not foreign(settings) and names.issuperset(targets):
         base = from_files(directory, settings)
     else:
         base = from_model(directory, settings, trust_remote_code)
@@ -85,6 +88,31 @@ def open_base(
         )
     packed = {path: how for path, how in base.packing.items() if not keep_packed or f"{path}.weight" in targets}
     return evolve(base, weights=unpacked(base.weights, packed))
+
+
+def foreign(settings: ModelSettings) -> bool:
+    """Whether the weights are quantized in a way that is not MLX's."""
+    return "quantization_config" in settings and "quantization" not in settings
+
+
+def by_expert(adapter: Adapter, directory: Path) -> Adapter:
+    """Return `adapter` with one update for each expert where mlx-lm stacks them and the files in `directory` do not."""
+    if foreign(read_config(directory)):
+        return adapter
+    names, updates = tensor_names(directory), dict[str, Update]()
+    for path, update in adapter.updates.items():
+        updates |= experts_of(path, update, names) or {path: update}
+    return evolve(adapter, updates=updates)
+
+
+def experts_of(path: str, update: Update, names: Collection[str]) -> dict[str, Update]:
+    """Return the updates of the experts stacked at `path` by their own paths; none where `names` lacks one."""
+    block, stacked, last = path.rpartition(".switch_mlp.")
+    for called in EXPERTS.get(last, ()) if stacked and update.a.ndim == 3 else ():
+        paths = [f"{block}.experts.{number}.{called}" for number in range(len(update.a))]
+        if all(f"{own}.weight" in names for own in paths):
+            return {own: Update(a.T, b.T, update.scale) for own, a, b in zip(paths, update.a, update.b, strict=True)}
+    return {}
 
 
 def from_files(directory: Path, settings: ModelSettings) -> Base:

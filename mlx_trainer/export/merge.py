@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 from attrs import asdict, evolve, frozen
 
-from mlx_trainer.export.base import Base, Packing, open_base, quantization_of
+from mlx_trainer.export.base import Base, Packing, by_expert, open_base, quantization_of
 from mlx_trainer.export.delta import Adapter, read_adapter
 from mlx_trainer.export.effect import Rows, measure_effect, measure_logits, sentence_rows
 from mlx_trainer.export.saving import Store, Tensors, complete_folder, copy_files, save_weights, write_json
@@ -78,6 +78,7 @@ def merge(
     check_options(dtype, max_loss)
     read = read_adapter(adapter)
     source = base_directory(read, base)
+    read = by_expert(read, source)
     keep_packed = requantize and bits is None  # what the adapter leaves alone then stays as it is, bit for bit
     opened = open_base(source, read.targets, keep_packed=keep_packed, trust_remote_code=trust_remote_code)
     packing = packing_for(opened, requantize, bits)

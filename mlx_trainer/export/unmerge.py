@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 from attrs import frozen
 
-from mlx_trainer.export.base import Base, open_base
+from mlx_trainer.export.base import Base, by_expert, open_base
 from mlx_trainer.export.delta import Adapter, Update, read_adapter
 from mlx_trainer.export.merge import base_directory
 from mlx_trainer.models.error import ModelError
@@ -47,7 +47,7 @@ def check_unmerge(merged: Path, adapter: Path, *, base: str | None = None) -> Un
     One weight after the other, so that memory holds no model. Raises ModelError where the names differ, where the
     merged model is quantized, or where the adapter is whole weights, from which nothing leads back.
     """
-    read = read_adapter(adapter)
+    read = by_expert(read_adapter(adapter), merged)
     if read.weights:
         raise ModelError(f"{adapter} is whole weights, not a low-rank update; merged, nothing leads back to the base.")
     if "quantization" in read_config(merged):

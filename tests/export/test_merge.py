@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_trainer.export import saving
 from mlx_trainer.export.base import SAME_NAMES, main_dtype, open_base
@@ -75,6 +77,8 @@ def foreign_base(directory: Path, kind: str) -> Path:
     }
     own = {
         "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
         "gemma3_text": {"sliding_window_pattern": 2},
         "cohere2": {"num_hidden_layers": 4},
         "phi": {"hidden_size": 64, "head_dim": 16, "partial_rotary_factor": 0.4},
@@ -82,6 +86,8 @@ def foreign_base(directory: Path, kind: str) -> Path:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **(sizes | own))
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(own | settings))  # as transformers 4 calls it, for mlx-lm
     write_tokenizer(directory)
     return directory
 
@@ -120,9 +126,35 @@ def test_other_families_merge_under_their_own_names(tmp_path: Path, kind: str) -
     assert tensors_of(result.directory).keys() == tensors_of(base).keys()
 
 
-def test_an_adapter_on_stacked_experts_gives_a_folder_for_mlx_lm(tmp_path: Path) -> None:
-    """mlx-lm stacks the experts of a layer, and such a folder is told to be for mlx-lm alone."""
+MIXTURES = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp", "olmoe": "mlp"}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_merge_one_by_one(tmp_path: Path, kind: str) -> None:
+    """mlx-lm stacks the experts of a layer, files have each on its own: under their names both programs open it."""
+    base = foreign_base(tmp_path / "base", kind)
+    targets = [f"{MIXTURES[kind]}.switch_mlp.{name}_proj" for name in ("gate", "up", "down")]
+    adapter = random_adapter(base, tmp_path / "adapter", [*targets, "self_attn.q_proj"])
+    result = merge(adapter, tmp_path / "merged", rows=ROWS)
+    assert result.standard
+    assert result.changed == 2 * (3 * 4 + 1)
+    assert tensors_of(result.directory).keys() == tensors_of(base).keys()
+    assert_close(mlx_lm_logits(result.directory), adapted_logits(base, adapter))
+    assert_close(transformers_logits(result.directory), adapted_logits(base, adapter))
+    assert check_unmerge(result.directory, adapter).wrong == ()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_base_with_stacked_experts_stays_mlx_lms(tmp_path: Path, bits: int | None) -> None:
+    """As mlx-lm converts a mixture, its experts are stacked in the file: so they are merged, for mlx-lm alone."""
     base = foreign_base(tmp_path / "base", "mixtral")
+    model = load_model(base, dtype=None)
+    settings = json.loads((base / "config.json").read_text())
+    if bits:
+        settings["quantization"] = {"group_size": 32, "bits": bits}
+        nn.quantize(model, **settings["quantization"])
+    (base / "config.json").write_text(json.dumps(settings))
+    mx.save_safetensors(str(base / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     adapter = random_adapter(base, tmp_path / "adapter", ["block_sparse_moe.switch_mlp.down_proj", "self_attn.q_proj"])
     result = merge(adapter, tmp_path / "merged", rows=ROWS)
     assert not result.standard
