@@ -93,7 +93,7 @@ def dataset_of(words: Sequence[str]) -> str | list[str] | dict[str, float]:
     One path is text, several are a list. `chats.jsonl=0.5` has a weight, unless a file has that very name; where any
     has one, the others weigh 1. Raises ConfigError where a path with a weight is given again.
     """
-    entries = [_weighed(word) for word in words]
+    entries = [weighed(word) for word in words]
     if all(weight is None for _, weight in entries):
         return words[0] if len(words) == 1 else list(words)
     weights: dict[str, float] = {}
@@ -104,7 +104,8 @@ def dataset_of(words: Sequence[str]) -> str | list[str] | dict[str, float]:
     return weights
 
 
-def _weighed(word: str) -> tuple[str, float | None]:
+def weighed(word: str) -> tuple[str, float | None]:
+    """Return the path and the weight of a word such as `chats.jsonl=0.5`, None where it has none."""
     path, _, number = word.rpartition("=")
     if path and not os.path.lexists(word):
         try:

@@ -1,1 +1,8 @@
-"""Handing over what was trained: to the Hub, and to other programs."""
+"""What leaves a training for other programs, and the proof that they compute the same."""
+
+from mlx_trainer.export.combine import Combined, combine
+from mlx_trainer.export.delta import read_adapter
+from mlx_trainer.export.merge import Merged, base_directory, merge
+from mlx_trainer.export.unmerge import Unmerged, check_unmerge
+
+__all__ = ["Combined", "Merged", "Unmerged", "base_directory", "check_unmerge", "combine", "merge", "read_adapter"]

@@ -25,11 +25,14 @@ CODE = ("model_file", "auto_map", "custom_pipeline")
 """Keys of config.json that name Python files."""
 
 
-def load_model(directory: Path, *, dtype: str = "float16", trust_remote_code: bool = False) -> nn.Module:
+def load_model(
+    directory: Path, *, dtype: str | None = "float16", lazy: bool = False, trust_remote_code: bool = False
+) -> nn.Module:
     """Return the model in `directory`, in eval mode, its floating-point parameters as `dtype` and in memory.
 
     Packed weights of a quantized model stay as they are; their scales become `dtype`, since a scale of another type
-    makes every activation float32. MLX's random state is left alone. Raises ModelError.
+    makes every activation float32. None leaves each type as it is in the files, and `lazy` reads nothing yet. MLX's
+    random state is left alone. Raises ModelError.
     """
     settings = read_config(directory)
     refuse_odd_files(directory)
@@ -43,8 +46,10 @@ def load_model(directory: Path, *, dtype: str = "float16", trust_remote_code: bo
         with preserved_random_state():  # layers draw their first values, which the file's then replace
             model, _ = load(directory, lazy=True, model_config=settings, trust_remote_code=trust_remote_code)
         check_types(model, directory)
-        cast(model, DTYPES[dtype])
-        mx.eval(model.parameters())
+        if dtype is not None:
+            cast(model, DTYPES[dtype])
+        if not lazy:
+            mx.eval(model.parameters())
     except ModelError:
         raise
     except Exception as error:  # a config.json can be wrong in as many ways as there are architectures

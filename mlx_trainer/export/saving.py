@@ -1,0 +1,126 @@
+"""A model folder in Hugging Face's layout: complete or absent, its weights written tensor by tensor."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_trainer.folders import discard, locked, sync
+from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.source import TOKENIZER_FILES
+
+SHARD_BYTES = 5 << 30
+"""What transformers and mlx-lm let a file of weights have at most, where one tensor is no larger by itself."""
+REWRITTEN = ("config.json", "model.safetensors.index.json", "adapter_config.json", "hf_quant_config.json")
+Tensors = Mapping[str, mx.array]
+Store = Callable[[str, mx.array], Tensors]
+
+
+@contextmanager
+def complete_folder(final: Path) -> Iterator[Path]:
+    """Let a folder be filled that then stands at `final`, complete; where anything fails, nothing stands there.
+
+    Raises ModelError where there is something already, or another process writes it now.
+    """
+    final = final.expanduser().absolute()
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise ModelError(f"{final} exists already; name a new folder, or remove it first.")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    beside = final.with_name(f".writing-{final.name}")
+    with locked(final.with_name(f".lock-{final.name}")) as held:
+        if not held:
+            raise ModelError(f"{final} is being written by another process; wait for it, or name another folder.")
+        try:
+            discard(beside)  # of a process that was killed
+            beside.mkdir()
+            yield beside
+            for path in [*beside.iterdir(), beside]:
+                sync(path)
+            beside.replace(final)  # an empty folder there is replaced, one with something in it is not
+            sync(final.parent)
+        finally:
+            discard(beside)
+
+
+def save_weights(
+    directory: Path, weights: dict[str, mx.array], store: Store, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write what `store` makes of each of the lazy `weights`, which are taken out, as model*.safetensors.
+
+    In memory is no more than one file and the tensor that is being computed. Raises ModelError where a value is not
+    finite or the disk has no room, OSError where it takes no more.
+    """
+    sizes = {name: sum(part.nbytes for part in store(name, value).values()) for name, value in weights.items()}
+    total, free = sum(sizes.values()), shutil.disk_usage(directory).free
+    if total > free:
+        raise ModelError(f"{directory.parent} has room for {free:,} bytes, the model needs {total:,}; free some.")
+    shards, where = shards_of(sizes, shard_bytes), dict[str, str]()
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, mx.array] = {}
+        for name in names:
+            tensors |= computed(name, weights.pop(name), store)
+        save_tensors(directory / file, tensors)
+        where |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        write_json(directory / "model.safetensors.index.json", index)
+
+
+def shards_of(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Return names in their order, so many together that their sizes add up to `most` bytes, or one that has more.
+
+    >>> shards_of({"a": 3, "b": 3, "c": 9, "d": 1}, 7)
+    [['a', 'b'], ['c'], ['d']]
+    """
+    shards: list[list[str]] = [[]]
+    room = most
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = most
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def computed(name: str, value: mx.array, store: Store) -> Tensors:
+    """Return what is stored of `value`, in memory; raises ModelError where it is not finite."""
+    stored = store(name, value)
+    mx.eval(stored)
+    if all(finite(part) for part in stored.values()):
+        return stored
+    if finite(value):
+        highest = float(mx.abs(value).max())
+        kinds = ", ".join(sorted({str(part.dtype).rpartition(".")[2] for part in stored.values()}))
+        raise ModelError(f"{name} has {highest:.3g}, which is too large for {kinds}; use --dtype bfloat16 or float32.")
+    raise ModelError(f"{name} is not finite once merged: the base or the adapter is damaged, or far too large.")
+
+
+def finite(value: mx.array) -> bool:
+    """Whether all of an array, of whichever type, is finite."""
+    return not mx.issubdtype(value.dtype, mx.floating) or bool(mx.isfinite(value).all().item())
+
+
+def save_tensors(path: Path, tensors: Tensors) -> None:
+    """Write one file; "pt" tells transformers that names and shapes are PyTorch's, and mlx-lm does not read it."""
+    # Through a file object: a full disk is then an OSError with its number, not a bare RuntimeError.
+    with path.open("wb") as file:
+        mx.save_safetensors(file, dict(tensors), metadata={"format": "pt"})
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object for people to read."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_files(source: Path, target: Path, *, code: bool = False) -> None:
+    """Copy the tokenizer, its chat template and generation_config.json as they are, and with `code` Python files."""
+    for pattern in (*TOKENIZER_FILES, *(("*.py",) if code else ())):
+        for path in source.glob(pattern):
+            if path.name not in REWRITTEN:
+                shutil.copyfile(path, target / path.name)
