@@ -32,6 +32,7 @@ from mlx_trainer.data import DataPipeline, DataReport, render, report_on
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.models import AdaLoRAModule, CausalLMModule, MistralLoRAModule
 from mlx_trainer.models.adapter_config import TENSORS, lora_of
+from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.models.last_layers import blocks_named, unfreeze_last
 from mlx_trainer.models.loading import open_tensors
 from mlx_trainer.monitoring import (

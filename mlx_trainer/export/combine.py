@@ -21,7 +21,7 @@ from attrs import frozen
 from mlx_trainer.export.delta import Adapter, read_adapter
 from mlx_trainer.export.saving import complete_folder, save_tensors, write_json
 from mlx_trainer.export.sums import Factors, Fit, Matrix, cat, dare, linear, svd, ties
-from mlx_trainer.models.adapters import CONFIG, TENSORS
+from mlx_trainer.models.adapter_config import CONFIG, TENSORS
 from mlx_trainer.models.error import ModelError
 
 METHODS = ("cat", "linear", "svd", "ties", "dare")

@@ -15,7 +15,7 @@ from mlx_trainer.export.base import Base, Packing, by_expert, open_base, quantiz
 from mlx_trainer.export.delta import Adapter, read_adapter
 from mlx_trainer.export.effect import Rows, measure_effect, measure_logits, sentence_rows
 from mlx_trainer.export.saving import Store, Tensors, complete_folder, copy_files, save_weights, write_json
-from mlx_trainer.models.causal_lm import check_dtype
+from mlx_trainer.models.arguments import check_dtype
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import ModelSettings
 from mlx_trainer.models.loading import DTYPES
