@@ -75,7 +75,7 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "lora.alpha": lora.alpha,
         "lora.dropout": lora.dropout,
         "lora.target_modules": lora.target_modules,
-        "training.method": "full" if module.lora is None else "lora",
+        "training.method": module.fingerprint()["method"],
         "training.batch_size": data["batch_size"],
         "training.batch_tokens": data["batch_tokens"],
         "training.gradient_accumulation_steps": trainer.accumulate,
@@ -96,6 +96,10 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "training.keep_best": checkpoints.monitor == "val/loss",
         "training.eval_steps": by_name["Evaluation"].every,
         "training.logging_steps": trainer.log_every,
+        "preference.beta": getattr(module, "beta", None),
+        "preference.loss_type": getattr(module, "loss_type", None),
+        "preference.label_smoothing": getattr(module, "label_smoothing", None),
+        "preference.orpo_lambda": getattr(module, "orpo_lambda", None),
         "data.dataset_path": data["dataset_path"],
         "data.validation_path": data["validation_path"],
         "data.fields": data["fields"],
@@ -154,6 +158,10 @@ CHANGED: dict[str, object] = {
     "training.keep_best": False,
     "training.eval_steps": 13,
     "training.logging_steps": 17,
+    "preference.beta": 0.3,
+    "preference.loss_type": "hinge",
+    "preference.label_smoothing": 0.2,
+    "preference.orpo_lambda": 0.5,
     "data.dataset_path": "./chats.jsonl",
     "data.validation_path": "held_out.jsonl",
     "data.fields": {"prompt": "question"},
@@ -178,7 +186,13 @@ CHANGED: dict[str, object] = {
     "run.tensorboard": False,
     "run.ledger": True,
 }
-NEEDED_TOO: dict[str, dict[str, object]] = {"evaluation.sample_tokens": {"evaluation.sample_prompts": ["Who?"]}}
+NEEDED_TOO: dict[str, dict[str, object]] = {
+    "evaluation.sample_tokens": {"evaluation.sample_prompts": ["Who?"]},
+    "preference.beta": {"training.method": "dpo"},
+    "preference.loss_type": {"training.method": "dpo"},
+    "preference.label_smoothing": {"training.method": "dpo"},
+    "preference.orpo_lambda": {"training.method": "orpo"},
+}
 
 
 @pytest.mark.parametrize("key", CHANGED)

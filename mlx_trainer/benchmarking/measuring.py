@@ -98,7 +98,7 @@ def measure(config: Config, extent: Extent, started: float | None = None) -> Rep
         speed=reached,
         step_ms=measured_step_ms(clock),
         host_ms=measured_host_ms(clock),
-        memory=memory_of(module.model, trainer.optimizer.state, adapters=config.training.method == "lora"),
+        memory=memory_of(module.model, trainer.optimizer.state, adapters=config.training.method != "full"),
         ceiling=ceiling_of(config, module, reached),
         shapes=compiled_shapes(clock),
         epoch=first_epoch(clock, rows.steps_per_epoch),
