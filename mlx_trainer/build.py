@@ -35,7 +35,7 @@ from mlx_trainer.monitoring import (
     make_folder,
     setup_logging,
 )
-from mlx_trainer.preference import DPOModule, ORPOModule
+from mlx_trainer.preference import DPOModule, ORPOModule, precompute_reference
 from mlx_trainer.run_folder import (
     check_run_directory,
     description,
@@ -67,7 +67,7 @@ def train(config: Config) -> TrainingResult:
         data = build_data(config, module)
         report = build_report(config, data, module, EXAMPLES)
         tell(report)
-        module.setup("fit")
+        prepare(config, module, data)
     with setup_logging(make_folder(run_dir)):
         # With the folder that was found, so that `train <folder>/config.yaml --resume auto` continues this very run.
         resolved = evolve(config, run=evolve(config.run, directory=str(run_dir)))
@@ -148,13 +148,20 @@ def build_module(config: Config) -> CausalLMModule:
 
 def method_of(config: Config) -> tuple[type[CausalLMModule], dict[str, Any]]:
     """Return the class of module that `training.method` asks for, and the options of its loss."""
-    preference = asdict(config.preference)
-    weight = {"orpo_lambda": preference.pop("orpo_lambda")}
+    chosen = config.preference
+    dpo = {"beta": chosen.beta, "loss_type": chosen.loss_type, "label_smoothing": chosen.label_smoothing}
     methods: dict[str, tuple[type[CausalLMModule], dict[str, Any]]] = {
-        "dpo": (DPOModule, preference),
-        "orpo": (ORPOModule, weight),
+        "dpo": (DPOModule, dpo),
+        "orpo": (ORPOModule, {"orpo_lambda": chosen.orpo_lambda}),
     }
     return methods.get(config.training.method, (CausalLMModule, {}))
+
+
+def prepare(config: Config, module: CausalLMModule, data: DataPipeline) -> None:
+    """Load the model for a training, and compute what `config` wants to have been computed before."""
+    if isinstance(module, DPOModule) and config.preference.precompute_ref_log_probs:
+        precompute_reference(module, data)
+    module.setup("fit")
 
 
 def trained_module(

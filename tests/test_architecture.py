@@ -60,7 +60,7 @@ ALLOWED = {
     "trainer": CORE,
     "data": LEAVES,
     "models": LEAVES | {"module", "optim", "state"},
-    "preference": LEAVES | {"module", "models"},
+    "preference": LEAVES | {"data", "models", "module", "traced"},
     "optim": LEAVES,
     "callbacks": LEAVES | CORE,
     "run_folder": CORE | LEAVES | {"callbacks", "data", "models"},

@@ -61,6 +61,10 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
     by_name = callbacks(found)
     monkeypatch.setattr(build, "DataPipeline", lambda path, tokenizer, **given: {"dataset_path": path, **given})
     data: Any = build.build_data(found, module)
+    computed: list[object] = []
+    monkeypatch.setattr(build, "precompute_reference", lambda *given: computed.append(given))
+    monkeypatch.setattr(module, "setup", lambda stage: None)
+    build.prepare(found, module, data)
     samples, checkpoints = by_name.get("SampleGenerator"), by_name["ModelCheckpoint"]
     lora = module.lora or LoRAConfig(rank=1)
     return {
@@ -99,6 +103,7 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "preference.beta": getattr(module, "beta", None),
         "preference.loss_type": getattr(module, "loss_type", None),
         "preference.label_smoothing": getattr(module, "label_smoothing", None),
+        "preference.precompute_ref_log_probs": computed != [],
         "preference.orpo_lambda": getattr(module, "orpo_lambda", None),
         "data.dataset_path": data["dataset_path"],
         "data.validation_path": data["validation_path"],
@@ -161,6 +166,7 @@ CHANGED: dict[str, object] = {
     "preference.beta": 0.3,
     "preference.loss_type": "hinge",
     "preference.label_smoothing": 0.2,
+    "preference.precompute_ref_log_probs": True,
     "preference.orpo_lambda": 0.5,
     "data.dataset_path": "./chats.jsonl",
     "data.validation_path": "held_out.jsonl",
@@ -191,6 +197,7 @@ NEEDED_TOO: dict[str, dict[str, object]] = {
     "preference.beta": {"training.method": "dpo"},
     "preference.loss_type": {"training.method": "dpo"},
     "preference.label_smoothing": {"training.method": "dpo"},
+    "preference.precompute_ref_log_probs": {"training.method": "dpo"},
     "preference.orpo_lambda": {"training.method": "orpo"},
 }
 

@@ -115,7 +115,7 @@ def run(config: Config, extent: Extent, watch: Stopwatch) -> tuple[CausalLMModul
     for line in rows.epoch_lines():
         log.info("%s", line)
     watch.lap("data")
-    module.setup("fit")
+    build.prepare(config, module, data)
     watch.lap("model")
     clock = StepClock(extent, rows.shapes)
     trainer = throwaway_trainer(config, clock)

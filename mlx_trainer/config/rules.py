@@ -107,10 +107,9 @@ def _unwise_adapters(config: "Config") -> Iterator[str]:
 
 def _unwise_preferences(config: "Config") -> Iterator[str]:
     method, preference = config.training.method, config.preference
-    used = {"dpo": ("beta", "loss_type", "label_smoothing"), "orpo": ("orpo_lambda",)}.get(method, ())
     for option in fields(type(preference)):
-        if option.name not in used and getattr(preference, option.name) != option.default:
-            owner = "orpo" if option.name == "orpo_lambda" else "dpo"
+        owner = "orpo" if option.name == "orpo_lambda" else "dpo"
+        if owner != method and getattr(preference, option.name) != option.default:
             yield f"preference.{option.name} has no effect with training.method {method}; it belongs to {owner}"
 
 

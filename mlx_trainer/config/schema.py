@@ -95,6 +95,9 @@ class PreferenceConfig:
     label_smoothing: float = option(
         "DPO with sigmoid: share of the pairs that is taken to be swapped", 0.0, Range(at_least=0, below=0.5)
     )
+    precompute_ref_log_probs: bool = option(
+        "DPO: compute the reference once before training, and not in each step: quicker with several epochs", False
+    )
     orpo_lambda: float = option("ORPO: weight of the odds ratio beside the chosen answers' loss", 0.1, NOT_NEGATIVE)
 
 

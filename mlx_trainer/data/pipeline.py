@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_trainer import runtime
 from mlx_trainer.data.batches.loader import BatchLayout, BatchLoader
+from mlx_trainer.data.batches.pairs import FloatArray
 from mlx_trainer.data.batches.plan import split
 from mlx_trainer.data.batches.shapes import Budget
 from mlx_trainer.data.duplicates import find_leaks, tell_leaks
@@ -125,6 +126,9 @@ class DataPipeline:
         self.train_rows, self.validation_rows = divide(Rows.of(train), Rows.of(held_out), seed, train_split)
         leaks = find_leaks(self.train_rows, self.validation_rows)
         self.pairs = pairs
+        self.cache = cache
+        self.references: tuple[FloatArray | None, FloatArray | None] = None, None
+        """Log-probabilities under a reference of the training and the held-out answers, which their batches have."""
         self.summary: DataSummary = summarize(stores, self.train_rows, self.validation_rows, leaks.count)
         for line in str(self.summary).splitlines():
             logger.info("%s", line)
@@ -149,6 +153,7 @@ class DataPipeline:
             rank=rank,
             ranks=ranks,
             recipe=self._recipe,
+            reference=self.references[0],
         )
 
     def validation_loader(self) -> BatchLoader | None:
@@ -159,15 +164,22 @@ class DataPipeline:
         rows = self.validation_rows
         if not rows:
             return None
+        if not self.pairs:
+            rows = rows.take(np.argsort(rows.lengths, kind="stable"))
+        return self.loader_of(rows, self._layouts[1], self.references[1])
+
+    def loader_of(self, rows: Rows, layout: BatchLayout, reference: FloatArray | None = None) -> BatchLoader:
+        """A loader of each of `rows` once, in batches that are alike every time; pairs do not keep their order."""
         return BatchLoader(
-            rows if self.pairs else rows.take(np.argsort(rows.lengths, kind="stable")),
+            rows,
             self.budget,
             shuffle=self.pairs,
             seed=self.seed,
-            layout=self._layouts[1],
+            layout=layout,
             pad_id=self._pad_id,
             workers=self.num_workers,
             resumable=False,
+            reference=reference,
         )
 
 

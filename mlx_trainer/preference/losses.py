@@ -17,7 +17,7 @@ def sigmoid_loss(ratios: mx.array, beta: float, label_smoothing: float = 0.0) ->
     """Return -(1 - ε) log σ(β r) - ε log σ(-β r): DPO, and cDPO where a share ε of the pairs is taken to be swapped.
 
     `ratios` is r = (log π - log π_ref)(chosen) - (log π - log π_ref)(rejected): https://arxiv.org/abs/2305.18290,
-    equation 7, and for ε https://ericmitchell.ai/cdpo.pdf, equation 3.
+    equation 7, and for ε https://ericmitchell.ai/cdpo.pdf.
     """
     logits = beta * ratios
     return (1 - label_smoothing) * softplus(-logits) + label_smoothing * softplus(logits)
@@ -29,7 +29,7 @@ def ipo_loss(ratios: mx.array, beta: float) -> mx.array:
 
 
 def hinge_loss(ratios: mx.array, beta: float) -> mx.array:
-    """Return max(0, 1 - β r): https://arxiv.org/abs/2309.06657, equation 9."""
+    """Return max(0, 1 - β r), SLiC's loss of ratios: https://arxiv.org/abs/2309.06657."""
     return mx.maximum(1 - beta * ratios, 0)
 
 

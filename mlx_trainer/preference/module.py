@@ -62,14 +62,14 @@ class PreferenceModule(CausalLMModule):
 
 
 class DPOModule(PreferenceModule):
-    """Direct preference optimization (https://arxiv.org/abs/2305.18290), with the frozen base as its reference.
+    """Direct preference optimization (https://arxiv.org/abs/2305.18290), with the model before training as reference.
 
     `beta` is how much a change of log-probability counts, so that a larger one stays closer to the reference.
     `loss_type` is "sigmoid", "ipo" or "hinge"; `label_smoothing`, below 0.5 and for "sigmoid" alone, is the share of
     pairs that are taken to be swapped. Other arguments are those of `CausalLMModule`.
 
-    The reference is the same model without its adapters and without dropout: no second copy, and one forward more a
-    step. Raises ModelError without adapters (`lora=None`).
+    The reference is the frozen base under the adapters, without dropout: no second copy, and one forward more a step,
+    unless `precompute_reference` was called. Without adapters (`lora=None`) it must be, or steps raise ModelError.
     """
 
     def __init__(
@@ -82,28 +82,36 @@ class DPOModule(PreferenceModule):
         **arguments: Any,
     ) -> None:
         super().__init__(model_name_or_path, **arguments)
-        if self.lora is None:
-            raise ModelError(
-                "DPO compares with the model before training, which full fine-tuning (lora=None) overwrites; "
-                "train adapters, or use ORPO, which needs no reference."
-            )
         check_loss(loss_type, beta, label_smoothing)
         self.beta, self.label_smoothing, self.loss_type = beta, label_smoothing, loss_type
 
     def pair_losses(self, batch: Any, chosen: Answers, rejected: Answers) -> tuple[mx.array, Metrics]:
         """Return DPO's losses and the implicit rewards β (log π - log π_ref)."""
-        reference_chosen, reference_rejected = self.reference_answers(batch).sides()
-        mean = self.loss_type == "ipo"
-        better, worse = difference(chosen, reference_chosen, mean), difference(rejected, reference_rejected, mean)
+        reference = self.reference(batch)
+        better, worse = (
+            self.ratio(side, of_side) for side, of_side in ((chosen, reference[::2]), (rejected, reference[1::2]))
+        )
         smoothing = {"label_smoothing": self.label_smoothing} if self.loss_type == "sigmoid" else {}
         losses = LOSSES[self.loss_type](better - worse, self.beta, **smoothing)
         return losses, rewards(self.beta * better, self.beta * worse)
 
-    def reference_answers(self, batch: Any) -> Answers:
-        """Return the log-probabilities of the base, (rows,), through which no gradient flows."""
+    def ratio(self, answers: Answers, reference: mx.array) -> mx.array:
+        """Return log π - log π_ref of each answer, (pairs,): summed over its tokens, for "ipo" their mean as in TRL."""
+        ratio = answers.log_probabilities - reference
+        return ratio / mx.maximum(answers.tokens, 1) if self.loss_type == "ipo" else ratio
+
+    def reference(self, batch: Any) -> mx.array:
+        """Return the reference's log-probability of each answer, (rows,): the batch's own, or the base's."""
+        if hasattr(batch, "reference"):
+            known: mx.array = batch.reference
+            return known
+        if self.lora is None:
+            raise ModelError(
+                "DPO compares with the model before training, which full fine-tuning (lora=None) overwrites: call "
+                "precompute_reference(module, data) before, train adapters, or use ORPO, which needs no reference."
+            )
         with adapters_off(self.model):
-            found = self.answers(batch)
-        return Answers(mx.stop_gradient(found.log_probabilities), found.tokens)
+            return mx.stop_gradient(self.answers(batch).log_probabilities)
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return what decides on the numbers, the loss included."""
@@ -146,12 +154,6 @@ def check_loss(loss_type: str, beta: float, label_smoothing: float) -> None:
         raise ModelError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 0.5.")
     if label_smoothing and loss_type != "sigmoid":
         raise ModelError(f'label_smoothing belongs to loss_type "sigmoid"; "{loss_type}" has none.')
-
-
-def difference(policy: Answers, reference: Answers, mean: bool) -> mx.array:
-    """Return log π - log π_ref of each answer, (pairs,), as sum or mean over its tokens."""
-    ratio = policy.log_probabilities - reference.log_probabilities
-    return ratio / mx.maximum(policy.tokens, 1) if mean else ratio
 
 
 def rewards(chosen: mx.array, rejected: mx.array) -> Metrics:

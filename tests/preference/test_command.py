@@ -9,6 +9,7 @@ import pytest
 from mlx_trainer import build, cli, replaying
 from mlx_trainer.config import load_config
 from mlx_trainer.models.adapters import TENSORS
+from mlx_trainer.monitoring import MetricsTracker
 from tests.tiny import tiny_mistral
 
 SETTINGS = {
@@ -29,11 +30,16 @@ SETTINGS = {
     "run.tensorboard": False,
 }
 METHODS = ("dpo", "orpo")
+RUNS: dict[str, dict[str, object]] = {
+    "dpo": {"training.method": "dpo"},
+    "orpo": {"training.method": "orpo"},
+    "before": {"training.method": "dpo", "preference.precompute_ref_log_probs": True},
+}
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which a run of each method was made."""
+    """A folder in which these runs were made."""
     folder = tmp_path_factory.mktemp("preference")
     mx.disable_compile()
     with pytest.MonkeyPatch.context() as patch:
@@ -44,9 +50,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for n in range(20)
         ]
         Path("prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for method in METHODS:
-            config = SETTINGS | {"training.method": method, "run.directory": method}
-            assert build.train(load_config(overrides=config)).steps == 8
+        for run, options in RUNS.items():
+            assert build.train(load_config(overrides=SETTINGS | options | {"run.directory": run})).steps == 8
     return folder
 
 
@@ -98,10 +103,17 @@ def test_inspect_shows_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "⟦ no idea no idea" not in text.split("prefs.jsonl:1 rejected")[0]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_is_replayed_with_the_loss_of_each_pair(method: str) -> None:
+def test_a_reference_computed_before_is_the_same() -> None:
+    """The run logs the losses of one whose steps run the base, to rounding."""
+    losses = {run: MetricsTracker.read(Path(run, "metrics.jsonl")).series("train/loss")[1] for run in ("dpo", "before")}
+    assert losses["before"] == pytest.approx(losses["dpo"], rel=1e-4)
+    assert len({*losses["dpo"]}) == 8
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_step_is_replayed_with_the_loss_of_each_pair(run: str) -> None:
     """Bit for bit the run's own; both rows of a pair have the pair's loss, and the pairs' mean is the step's loss."""
-    step = replaying.replay(method, 5)
+    step = replaying.replay(run, 5)
     assert step.logged[5]
     losses = [row.loss for row in step.rows]
     assert losses[::2] == losses[1::2]

@@ -21,7 +21,7 @@ from mlx_trainer.models import ModelError, head
 from mlx_trainer.models.loading import load_model
 from mlx_trainer.preference import DPOModule, ORPOModule, PreferenceModule
 from mlx_trainer.traced import from_tree, to_tree
-from tests.preference.pairs import LINEARS, Sides, assert_close, expected, found, pairs_of, shape_of
+from tests.preference.pairs import LINEARS, Sides, assert_close, expected, found, pairs_of, shape_of, written_out
 from tests.tiny import tiny_mistral
 
 BETA = 0.3
@@ -147,21 +147,32 @@ def test_the_reference_is_the_base_bit_for_bit(folder: Path, base: nn.Module) ->
         theirs = alone.answers(traced).log_probabilities.tolist()
         for each in (module, dropping):
             each.model.train()
-            assert each.reference_answers(traced).log_probabilities.tolist() == theirs
+            assert each.reference(traced).tolist() == theirs
             assert each.model.training
         assert module.answers(traced).log_probabilities.tolist() != theirs
         assert dict(tree_flatten(module.model.parameters())).keys() == before.keys()
 
 
+def test_a_packed_base_is_its_own_reference(tmp_path: Path) -> None:
+    """The packed weights themselves are used: what they say without adapters, to the rounding of another kernel."""
+    folder = tiny_mistral(tmp_path, hidden_size=32, bits=4)
+    rows = pairs_of([(9, 5, 7), (6, 3, 11)])
+    traced = from_tree(to_tree(collate_unpadded(rows, shape_of(rows, 5), 30)))
+    packed = load_model(folder, dtype="float32")
+    expected = [written_out(packed, row)[0].item() for row in rows]
+    assert module_of(folder, "sigmoid").reference(traced).tolist() == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_reference_needs_a_frozen_base(folder: Path) -> None:
     """Where more than adapters trains, or all, there is nothing to compare with."""
-    with pytest.raises(ModelError, match=r"full fine-tuning \(lora=None\) overwrites"):
-        DPOModule(folder, dtype="float32", lora=None)
+    rows = pairs_of([(4, 3, 2)])
+    batch = from_tree(to_tree(collate(rows, shape_of(rows))))
+    with pytest.raises(ModelError, match=r"full fine-tuning \(lora=None\) overwrites: call precompute_reference"):
+        DPOModule(folder, dtype="float32", lora=None).training_loss(batch)
     module = module_of(folder, "sigmoid")
     module.model.model.norm.unfreeze()
-    rows = pairs_of([(4, 3, 2)])
     with pytest.raises(ModelError, match=r"model\.norm\.weight trains beside the adapters"):
-        module.training_loss(from_tree(to_tree(collate(rows, shape_of(rows)))))
+        module.training_loss(batch)
 
 
 def test_orpo_trains_all_weights(folder: Path) -> None:

@@ -16,7 +16,7 @@ from mlx_trainer import runtime
 from mlx_trainer.data.batches.classes import TOKEN_STEP
 from mlx_trainer.data.batches.mixing import Mixture
 from mlx_trainer.data.batches.padded import Batch, collate
-from mlx_trainer.data.batches.pairs import pair_strata
+from mlx_trainer.data.batches.pairs import FloatArray, pair_strata, referred
 from mlx_trainer.data.batches.plan import EpochPlan, PlannedBatch, plan, starts_of
 from mlx_trainer.data.batches.shapes import Budget, Lengths, Shape, round_up
 from mlx_trainer.data.batches.strata import Indices, Stratum, plain, strata_of
@@ -42,6 +42,7 @@ class BatchLoader:
         resumable: False makes every iteration start at the first batch of epoch 0, as validation needs it.
         ranks: so many processes train together, and this one is number `rank` of them.
         recipe: what made tokens of the rows, by name, for `fingerprint`.
+        reference: log-probability of each row's answer under a reference, (rows,), which batches then have too.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class BatchLoader:
         rank: int = 0,
         ranks: int = 1,
         recipe: Mapping[str, object] | None = None,
+        reference: FloatArray | None = None,
     ) -> None:
-        self.rows = rows
+        self.rows, self.reference = rows, reference
         self.recipe = dict(recipe or {})
         self.budget = budget if layout == "padded" else unpadded_budget(budget)
         self.shuffle = shuffle
@@ -136,14 +138,20 @@ class BatchLoader:
         }
         budget, settings = self.budget, {"shuffle": self.shuffle, "data_seed": self.seed, "weights": self.weights}
         size = {"batch_size": budget.rows, "batch_tokens": budget.tokens, "max_shapes": budget.max_shapes}
-        return {**dataset, **self.recipe, **size, **settings, "layout": self.layout}
+        told = {} if self.reference is None else {"reference": sha256(self.reference.tobytes()).hexdigest()[:16]}
+        return {**dataset, **self.recipe, **size, **settings, "layout": self.layout, **told}
 
     def batch(self, epoch: int, planned: PlannedBatch) -> Batch | UnpaddedBatch:
-        """A planned batch with its rows."""
+        """A planned batch with its rows, and their reference if there is one."""
         rows = self.rows_of(epoch, planned)
+        batch: Batch | UnpaddedBatch
         if self.layout == "padded":
-            return collate(rows, planned.shape, pad_id=self.pad_id)
-        return collate_unpadded(rows, planned.shape, self.predictions[planned.shape], pad_id=self.pad_id)
+            batch = collate(rows, planned.shape, pad_id=self.pad_id)
+        else:
+            batch = collate_unpadded(rows, planned.shape, self.predictions[planned.shape], pad_id=self.pad_id)
+        if self.reference is None:
+            return batch
+        return referred(batch, self.reference[self.row_numbers(epoch, planned.rows)])
 
     def rows_of(self, epoch: int, planned: PlannedBatch) -> list[TokenRow]:
         """The rows of a planned batch, in its order."""

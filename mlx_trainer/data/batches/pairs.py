@@ -4,13 +4,42 @@ A pair is a unit of two rows. In an unpadded batch its rows begin with a prefix 
 so pairs are put into few strata by how long a prompt they share; what is left of a longer prompt stands in both rows.
 """
 
+from typing import Any
+
 import numpy as np
+from attrs import field, fields, frozen
+from numpy.typing import NDArray
 
 from mlx_trainer.data.batches.classes import ROUNDS_PER_CLASS
 from mlx_trainer.data.batches.mixing import Mixture
+from mlx_trainer.data.batches.padded import Batch
 from mlx_trainer.data.batches.shapes import Budget, Lengths, length_classes, round_up
 from mlx_trainer.data.batches.strata import Stratum
+from mlx_trainer.data.batches.unpadded import UnpaddedBatch
 from mlx_trainer.data.store.rows import Rows
+
+FloatArray = NDArray[np.float32]
+
+
+@frozen(eq=False)
+class ReferredBatch(Batch):
+    """A padded batch with the log-probability of each answer under the `reference`, (rows,), 0 where there is none."""
+
+    reference: FloatArray = field(kw_only=True)
+
+
+@frozen(eq=False)
+class ReferredUnpaddedBatch(UnpaddedBatch):
+    """The same of an unpadded batch."""
+
+    reference: FloatArray = field(kw_only=True)
+
+
+def referred(batch: Batch | UnpaddedBatch, reference: FloatArray) -> Batch | UnpaddedBatch:
+    """`batch` with the `reference` of its answers, (answers,)."""
+    kind, rows = (ReferredBatch, batch.input_ids) if isinstance(batch, Batch) else (ReferredUnpaddedBatch, batch.grid)
+    values: dict[str, Any] = {each.name: getattr(batch, each.name) for each in fields(type(batch))}
+    return kind(**values, reference=np.append(reference, np.zeros(len(rows) - len(reference), np.float32)))
 
 
 def pair_strata(rows: Rows, mixture: Mixture, budget: Budget, ranks: int = 1, *, share: bool) -> tuple[Stratum, ...]:
