@@ -87,11 +87,12 @@ def base(folder: Path) -> nn.Module:
 
 
 def module_of(folder: Path, name: str, **options: Any) -> PreferenceModule:
-    """A module whose adapters are not zero."""
+    """A module that trains, whose adapters are not zero."""
     lora = LoRAConfig(rank=4, dropout=0.0, target_modules=LINEARS)
     module = CASES[name].kind(folder, dtype="float32", lora=lora, **CASES[name].options, **options)
     for _, values in tree_flatten(module.model.trainable_parameters()):
         values[:] = mx.random.normal(values.shape, key=mx.random.key(values.size)) * 0.05
+    module.setup("fit")
     return module
 
 
@@ -178,6 +179,7 @@ def test_a_reference_needs_a_frozen_base(folder: Path) -> None:
 def test_orpo_trains_all_weights(folder: Path) -> None:
     """It needs no reference, so that full fine-tuning has gradients for every weight."""
     module = ORPOModule(folder, dtype="float32", lora=None)
+    module.setup("fit")
     rows = pairs_of([(4, 3, 2), (2, 5, 1)])
     _, _, gradients, _ = found(module, collate_unpadded(rows, shape_of(rows), 20))
     assert all(mx.abs(value).max().item() > 0 for value in gradients.values())
