@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from mlx_trainer.models import MistralLoRAModule as MistralLoRAModule
     from mlx_trainer.module import LossOutput as LossOutput
     from mlx_trainer.module import TrainerModule as TrainerModule
+    from mlx_trainer.preference import DPOModule as DPOModule
+    from mlx_trainer.preference import ORPOModule as ORPOModule
     from mlx_trainer.trainer import Trainer as Trainer
     from mlx_trainer.trainer import TrainingResult as TrainingResult
 
@@ -63,6 +65,7 @@ _ROOMS = {
     "evaluation": ("EvalMetrics", "GeneratedSample"),
     "models": ("AdaLoRAModule", "CausalLMModule", "MistralLoRAModule"),
     "module": ("LossOutput", "TrainerModule"),
+    "preference": ("DPOModule", "ORPOModule"),
     "trainer": ("Trainer", "TrainingResult"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

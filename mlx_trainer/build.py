@@ -39,6 +39,7 @@ from mlx_trainer.monitoring import (
     make_folder,
     setup_logging,
 )
+from mlx_trainer.preference import DPOModule, ORPOModule, precompute_reference
 from mlx_trainer.run_folder import (
     check_run_directory,
     description,
@@ -70,7 +71,7 @@ def train(config: Config) -> TrainingResult:
         data = build_data(config, module)
         report = build_report(config, data, module, EXAMPLES)
         tell(report)
-        module.setup("fit")
+        prepare(config, module, data)
     with setup_logging(make_folder(run_dir)):
         # With the folder that was found, so that `train <folder>/config.yaml --resume auto` continues this very run.
         resolved = evolve(config, run=evolve(config.run, directory=str(run_dir)))
@@ -93,12 +94,15 @@ def inspect(config: Config, rows: int = 2) -> DataReport:
 def evaluate(config: Config, adapter: str | None = None, *, whole: bool = False) -> EvalMetrics:
     """Return loss and perplexity on the held-out rows of `config`, or on the `whole` dataset.
 
-    Raises ConfigError where no row is held out.
+    Of preferences these are loss and rewards. Raises ConfigError where no row is held out, or no adapter has them.
     """
+    if config.training.on_preferences and (adapter is None or lora_of(Path(adapter)) is None):
+        raise ConfigError(f"training.method {config.training.method} is evaluated with an adapter; name its --adapter")
     if whole:
         config = evolve(config, data=whole_data(config.data))
     with setup_logging(level="WARNING"):
-        module = trained_module(config.model, adapter)
+        kind, options = method_of(config)
+        module = trained_module(config.model, adapter, kind, **options)
         data = build_data(config, module)
         loader = data.train_loader() if whole else data.validation_loader()
         if loader is None:
@@ -139,7 +143,7 @@ class BaseModel(CausalLMModule):
 def build_module(config: Config) -> CausalLMModule:
     """Return the module that `config` describes; the model itself is loaded at its `setup`."""
     training = config.training
-    lora = config.lora if training.method == "lora" else None
+    lora = None if training.method == "full" else config.lora
     optimization = {
         "learning_rate": training.learning_rate,
         "optimizer": training.optimizer,
@@ -151,21 +155,42 @@ def build_module(config: Config) -> CausalLMModule:
         "trainable_layers": training.trainable_layers,
     }
     own = {"lora": lora, "recompute": training.recompute, "seed": config.data.seed}
-    arguments = base_arguments(config.model) | optimization | own
+    kind, options = method_of(config)
     if config.adalora.target_r is not None:
-        return AdaLoRAModule(config.model.model_name, adalora=config.adalora, **arguments)
-    module = CausalLMModule(config.model.model_name, **arguments)
-    if lora is not None and module.settings["model_type"] == "mistral":
+        kind, options = AdaLoRAModule, {"adalora": config.adalora}
+    arguments = base_arguments(config.model) | optimization | own | options
+    module = kind(config.model.model_name, **arguments)
+    if kind is CausalLMModule and lora is not None and module.settings["model_type"] == "mistral":
         return MistralLoRAModule(config.model.model_name, **arguments)
     return module
 
 
-def trained_module(model: ModelConfig, adapter: str | None) -> CausalLMModule:
-    """Return `model` with the weights in the folder `adapter`, or as it stands; loaded."""
+def method_of(config: Config) -> tuple[type[CausalLMModule], dict[str, Any]]:
+    """Return the class of module that `training.method` asks for, and the options of its loss."""
+    chosen = config.preference
+    dpo = {"beta": chosen.beta, "loss_type": chosen.loss_type, "label_smoothing": chosen.label_smoothing}
+    methods: dict[str, tuple[type[CausalLMModule], dict[str, Any]]] = {
+        "dpo": (DPOModule, dpo),
+        "orpo": (ORPOModule, {"orpo_lambda": chosen.orpo_lambda}),
+    }
+    return methods.get(config.training.method, (CausalLMModule, {}))
+
+
+def prepare(config: Config, module: CausalLMModule, data: DataPipeline) -> None:
+    """Load the model for a training, and compute what `config` wants to have been computed before."""
+    if isinstance(module, DPOModule) and config.preference.precompute_ref_log_probs:
+        precompute_reference(module, data)
+    module.setup("fit")
+
+
+def trained_module(
+    model: ModelConfig, adapter: str | None, kind: type[CausalLMModule] = CausalLMModule, **options: Any
+) -> CausalLMModule:
+    """Return `model` with the weights in the folder `adapter`, as a module of `kind`, or as it stands; loaded."""
     lora = None if adapter is None else lora_of(Path(adapter))
     arguments = base_arguments(model)
     name = model.model_name
-    module = BaseModel(name, **arguments) if lora is None else CausalLMModule(name, lora=lora, **arguments)
+    module = BaseModel(name, **arguments) if lora is None else kind(name, lora=lora, **arguments, **options)
     if adapter is not None:
         if lora is None:
             unfreeze_last(module.model, blocks_named(open_tensors(Path(adapter) / TENSORS)))
@@ -209,6 +234,7 @@ def build_data(config: Config, module: CausalLMModule) -> DataPipeline:
         vocabulary_size=module.settings.get("vocab_size"),
         cache_dir=data.cache_dir,
         layout=module.batch_layout if data.layout == "auto" else data.layout,
+        pairs=config.training.on_preferences,
     )
 
 
@@ -220,7 +246,7 @@ def build_report(config: Config, data: DataPipeline, module: CausalLMModule, row
         accumulate=training.gradient_accumulation_steps,
         epochs=training.num_epochs,
         max_steps=training.max_steps,
-        examples=[render(row, module.tokenizer) for row in data.train_rows[:rows]],
+        examples=[render(row, module.tokenizer) for row in data.train_rows[: rows * data.train_rows.each]],
     )
 
 

@@ -62,6 +62,10 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
     by_name = callbacks(found)
     monkeypatch.setattr(build, "DataPipeline", lambda path, tokenizer, **given: {"dataset_path": path, **given})
     data: Any = build.build_data(found, module)
+    computed: list[object] = []
+    monkeypatch.setattr(build, "precompute_reference", lambda *given: computed.append(given))
+    monkeypatch.setattr(module, "setup", lambda stage: None)
+    build.prepare(found, module, data)
     samples, checkpoints = by_name.get("SampleGenerator"), by_name["ModelCheckpoint"]
     lora = module.lora or LoRAConfig(rank=1)
     return {
@@ -83,7 +87,7 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "lora.rank_pattern": lora.rank_pattern,
         "lora.alpha_pattern": lora.alpha_pattern,
         **{f"adalora.{name}": value for name, value in asdict(getattr(module, "adalora", AdaLoRAConfig())).items()},
-        "training.method": "full" if module.lora is None else "lora",
+        "training.method": module.fingerprint()["method"],
         "training.batch_size": data["batch_size"],
         "training.batch_tokens": data["batch_tokens"],
         "training.gradient_accumulation_steps": trainer.accumulate,
@@ -108,6 +112,11 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "training.keep_best": checkpoints.monitor == "val/loss",
         "training.eval_steps": by_name["Evaluation"].every,
         "training.logging_steps": trainer.log_every,
+        "preference.beta": getattr(module, "beta", None),
+        "preference.loss_type": getattr(module, "loss_type", None),
+        "preference.label_smoothing": getattr(module, "label_smoothing", None),
+        "preference.precompute_ref_log_probs": computed != [],
+        "preference.orpo_lambda": getattr(module, "orpo_lambda", None),
         "data.dataset_path": data["dataset_path"],
         "data.validation_path": data["validation_path"],
         "data.fields": data["fields"],
@@ -183,6 +192,11 @@ CHANGED: dict[str, object] = {
     "training.keep_best": False,
     "training.eval_steps": 13,
     "training.logging_steps": 17,
+    "preference.beta": 0.3,
+    "preference.loss_type": "hinge",
+    "preference.label_smoothing": 0.2,
+    "preference.precompute_ref_log_probs": True,
+    "preference.orpo_lambda": 0.5,
     "data.dataset_path": "./chats.jsonl",
     "data.validation_path": "held_out.jsonl",
     "data.fields": {"prompt": "question"},
@@ -213,6 +227,11 @@ NEEDED_TOO: dict[str, dict[str, object]] = {
         f"adalora.{name}": {"adalora.target_r": 2}
         for name in ("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
     },
+    "preference.beta": {"training.method": "dpo"},
+    "preference.loss_type": {"training.method": "dpo"},
+    "preference.label_smoothing": {"training.method": "dpo"},
+    "preference.precompute_ref_log_probs": {"training.method": "dpo"},
+    "preference.orpo_lambda": {"training.method": "orpo"},
 }
 
 

@@ -17,8 +17,11 @@ from mlx_trainer.models.lora import dimensions, linear_layers
 SIZES: Mapping[runtime.Backend, int] = {"cpu": 1024, "metal": 4096, "cuda": 8192}
 SECONDS, FEWEST = 1.0, 5
 
-PASSES = {"lora": 4, "full": 6}
-"""FLOP for a token and a weight: 2 forward, 2 backward to the activations and, where it trains, 2 to the weight."""
+PASSES = {"lora": 4, "full": 6, "dpo": 6, "orpo": 4}
+"""FLOP for a token and a weight: 2 forward, 2 backward to the activations and, where it trains, 2 to the weight.
+
+DPO's reference is 2 more.
+"""
 
 
 @frozen

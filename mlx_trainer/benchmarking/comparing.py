@@ -85,6 +85,10 @@ def check(config: Config, rounds: int) -> None:
     """Raise ConfigError for what `mlx_lm.lora` does not offer, and for no rounds at all."""
     if rounds < 1:
         raise ConfigError(f"--rounds is {rounds}; it must be a whole number, at least 1")
+    if config.training.on_preferences:
+        raise ConfigError(
+            f"--peer: mlx_lm trains on no preferences; training.method {config.training.method} can be lora or full"
+        )
     if config.training.optimizer not in OPTIMIZERS:
         raise ConfigError(
             f"--peer: mlx_lm.lora has no optimizer {config.training.optimizer}; "

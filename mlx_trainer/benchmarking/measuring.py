@@ -98,7 +98,7 @@ def measure(config: Config, extent: Extent, started: float | None = None) -> Rep
         speed=reached,
         step_ms=measured_step_ms(clock),
         host_ms=measured_host_ms(clock),
-        memory=memory_of(module.model, trainer.optimizer.state, adapters=config.training.method == "lora"),
+        memory=memory_of(module.model, trainer.optimizer.state, adapters=config.training.method != "full"),
         ceiling=ceiling_of(config, module, reached),
         shapes=compiled_shapes(clock),
         epoch=first_epoch(clock, rows.steps_per_epoch),
@@ -115,7 +115,7 @@ def run(config: Config, extent: Extent, watch: Stopwatch) -> tuple[CausalLMModul
     for line in rows.epoch_lines():
         log.info("%s", line)
     watch.lap("data")
-    module.setup("fit")
+    build.prepare(config, module, data)
     watch.lap("model")
     clock = StepClock(extent, rows.shapes)
     trainer = throwaway_trainer(config, clock)

@@ -46,7 +46,7 @@ def machine(environment: Mapping[str, Any], load: float) -> Iterator[str]:
 
 def _head(report: Report) -> Iterator[str]:
     setting, speed = report.setting, report.speed
-    what = "LoRA" if setting.method == "lora" else "full fine-tuning"
+    what = "full fine-tuning" if setting.method == "full" else "LoRA"
     size = f"{setting.batch_size} rows" if setting.batch_tokens is None else f"{setting.batch_tokens:,} tokens"
     times = f" × {setting.accumulate}" if setting.accumulate > 1 else ""
     trains = f"{what} trains {scaled(setting.trainable)} of {scaled(setting.parameters)} parameters"
@@ -92,7 +92,7 @@ def _ceiling(report: Report) -> Iterator[str]:
 
 def _memory(report: Report) -> Iterator[str]:
     found = report.memory
-    extra = "adapters and optimizer" if report.setting.method == "lora" else "optimizer"
+    extra = "optimizer" if report.setting.method == "full" else "adapters and optimizer"
     yield "\nmemory"
     yield line("peak", memory(found.peak_gb))
     parts = {"weights": found.weights_gb, extra: found.training_gb, "the steps' own": found.step_gb}

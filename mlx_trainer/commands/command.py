@@ -16,7 +16,7 @@ PROGRAM = "mlx-trainer"
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 SHORT = {"model.model_name": "--model", "run.directory": "--output", "run.resume": "--resume"}
 
-ALL = ("model", "lora", "training", "data", "evaluation", "run")
+ALL = ("model", "lora", "adalora", "training", "preference", "data", "evaluation", "run")
 FILES = {
     "nargs": "*",
     "default": [],

@@ -4,14 +4,21 @@ from mlx_trainer.commands.command import ADAPTER, FILES, Command, Given, config_
 
 
 def evaluate(given: Given) -> int:
-    """Print the loss and perplexity of a model on data files, or on the rows that a recipe holds back."""
+    """Print the loss and perplexity of a model on data files, or on the rows that a recipe holds back.
+
+    Where the recipe is for preferences: the loss, how often the chosen answer has the higher reward, and by how much.
+    """
     config = config_of(given)
     from mlx_trainer import build
 
     # Data files are meant whole; a recipe means the rows that its training holds back.
     metrics = build.evaluate(config, given.get("adapter"), whole=bool(split_inputs(given["inputs"])[1]))
     print(f"loss        {metrics.loss:.4f}")
-    print(f"perplexity  {metrics.perplexity:.2f}")
+    if config.training.on_preferences:
+        print(f"accuracy    {metrics.metrics['rewards/accuracies']:.4f}")
+        print(f"margin      {metrics.metrics['rewards/margins']:.4f}")
+    else:
+        print(f"perplexity  {metrics.perplexity:.2f}")
     print(f"rows        {metrics.samples}")
     return 0
 

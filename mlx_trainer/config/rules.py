@@ -16,7 +16,7 @@ def contradictions(config: "Config") -> tuple[str, ...]:
 
 def unwise(config: "Config") -> tuple[str, ...]:
     """Return a sentence for each setting that is valid and likely to disappoint, with what to set instead."""
-    kinds = (_unwise_optimization, _unwise_batches, _unwise_adapters, _unwise_evaluation)
+    kinds = (_unwise_optimization, _unwise_batches, _unwise_adapters, _unwise_preferences, _unwise_evaluation)
     return tuple(sentence for kind in kinds for sentence in kind(config))
 
 
@@ -37,6 +37,14 @@ def _contradictions(config: "Config") -> Iterator[str]:
             f"training.recompute {config.training.recompute} needs unpadded batches; "
             "set data.layout to auto, or training.recompute to auto or none"
         )
+    loss = config.preference
+    if config.training.method in ("dpo", "orpo") and config.training.neftune_noise_alpha is not None:
+        yield "training.neftune_noise_alpha is for training.method lora and full; leave it out"
+    if config.training.method == "dpo" and loss.label_smoothing and loss.loss_type != "sigmoid":
+        yield (
+            f"preference.label_smoothing has no part in preference.loss_type {loss.loss_type}; "
+            "set that to sigmoid, or label_smoothing to 0"
+        )
     if config.evaluation.patience is not None and not _has_validation(config):
         yield (
             "evaluation.patience needs a held-out loss, and there are no held-out rows: "
@@ -54,8 +62,8 @@ def _adalora_contradictions(config: "Config") -> Iterator[str]:
     adalora, lora, training = config.adalora, config.lora, config.training
     if adalora.target_r is None:
         return
-    if training.method == "full":
-        yield "adalora.target_r is for adapters; leave it out, or set training.method to lora"
+    if training.method != "lora":
+        yield "adalora.target_r is for training.method lora alone; leave it out, or set that"
     if adalora.target_r > lora.rank:
         yield f"adalora.target_r {adalora.target_r} is above lora.rank ({lora.rank}), which ranks begin at"
     if lora.use_dora or lora.init_lora_weights != "default":
@@ -71,8 +79,7 @@ def _adalora_contradictions(config: "Config") -> Iterator[str]:
 
 def _unwise_optimization(config: "Config") -> Iterator[str]:
     training = config.training
-    highest = 1e-3 if training.method == "lora" else 1e-4
-    what = "LoRA" if training.method == "lora" else "full fine-tuning"
+    what, highest = {"full": ("full fine-tuning", 1e-4), "dpo": ("DPO", 1e-4)}.get(training.method, ("LoRA", 1e-3))
     if training.learning_rate > highest and training.optimizer != "sgd":
         yield (
             f"training.learning_rate {training.learning_rate:g} is high for {what}; "
@@ -141,6 +148,14 @@ def _unwise_adapters(config: "Config") -> Iterator[str]:
         )
     if lora.dropout > 0.3:
         yield f"lora.dropout {lora.dropout:g} drops most of what an adapter could learn from; 0 to 0.1 is usual"
+
+
+def _unwise_preferences(config: "Config") -> Iterator[str]:
+    method, preference = config.training.method, config.preference
+    for option in fields(type(preference)):
+        owner = "orpo" if option.name == "orpo_lambda" else "dpo"
+        if owner != method and getattr(preference, option.name) != option.default:
+            yield f"preference.{option.name} has no effect with training.method {method}; it belongs to {owner}"
 
 
 def _unwise_evaluation(config: "Config") -> Iterator[str]:

@@ -108,7 +108,9 @@ class AdaLoRAConfig:
 class TrainingConfig:
     """The optimization, and how often a run saves, evaluates and logs (in optimizer steps)."""
 
-    method: Literal["lora", "full"] = option("Train LoRA adapters, or all weights", "lora")
+    method: Literal["lora", "full", "dpo", "orpo"] = option(
+        "Train LoRA adapters, or all weights; dpo and orpo train LoRA adapters on preferences", "lora"
+    )
     batch_size: int = option("Rows per micro-batch", 2, COUNT)
     batch_tokens: int | None = option("Tokens per micro-batch instead, padding included", None, COUNT)
     gradient_accumulation_steps: int = option("Micro-batches per optimizer step", 4, COUNT)
@@ -147,6 +149,26 @@ class TrainingConfig:
     keep_best: bool = option("Save each lowest held-out loss, and keep the lowest of all", True)
     eval_steps: int = option("Steps between evaluations", 50, COUNT)
     logging_steps: int = option("Steps between log lines", 10, COUNT)
+
+    @property
+    def on_preferences(self) -> bool:
+        """Whether the rows are pairs of answers, of which one is preferred."""
+        return self.method in ("dpo", "orpo")
+
+
+@frozen
+class PreferenceConfig:
+    """What counts in training on preferences, by TRL's names; `training.method` says which of it is used."""
+
+    beta: float = option("DPO: how much a change of log-probability counts", 0.1, Range(above=0))
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = option("DPO: its own loss, or that of IPO or SLiC", "sigmoid")
+    label_smoothing: float = option(
+        "DPO with sigmoid: share of the pairs that is taken to be swapped", 0.0, Range(at_least=0, below=0.5)
+    )
+    precompute_ref_log_probs: bool = option(
+        "DPO: compute the reference once before training, and not in each step: quicker with several epochs", False
+    )
+    orpo_lambda: float = option("ORPO: weight of the odds ratio beside the chosen answers' loss", 0.1, NOT_NEGATIVE)
 
 
 @frozen
@@ -219,6 +241,7 @@ class Config:
     lora: LoRAConfig = field(factory=LoRAConfig)
     adalora: AdaLoRAConfig = field(factory=AdaLoRAConfig)
     training: TrainingConfig = field(factory=TrainingConfig)
+    preference: PreferenceConfig = field(factory=PreferenceConfig)
     data: DataConfig = field(kw_only=True)
     evaluation: EvaluationConfig = field(factory=EvaluationConfig)
     run: RunConfig = field(factory=RunConfig)

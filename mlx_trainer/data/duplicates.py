@@ -23,16 +23,16 @@ class Leaks:
 
 
 def count_repeats(rows: Rows) -> int:
-    """How many of `rows` have the ids and mask of an earlier one of them."""
-    digests = np.sort(rows.column("digest"))
+    """How many of `rows`, or of their pairs, have the ids and mask of an earlier one of them."""
+    digests = np.sort(rows.digests)
     return int(np.count_nonzero(digests[1:] == digests[:-1]))
 
 
 def find_leaks(train: Rows, held_out: Rows) -> Leaks:
-    """The rows of `held_out` that have the ids and mask of one of `train`."""
+    """The rows, or pairs, of `held_out` that have the ids and mask of one of `train`."""
     if not (train and held_out):
         return Leaks(0)
-    trained, digests = train.column("digest"), held_out.column("digest")
+    trained, digests = train.digests, held_out.digests
     ascending = np.sort(trained)
     nearest = ascending[np.minimum(np.searchsorted(ascending, digests), len(ascending) - 1)]
     leaked = np.flatnonzero(nearest == digests)
@@ -40,7 +40,7 @@ def find_leaks(train: Rows, held_out: Rows) -> Leaks:
         return Leaks(0)
     first = int(leaked[0])
     twin = int(np.flatnonzero(trained == digests[first])[0])
-    return Leaks(len(leaked), held_out[first].source, train[twin].source)
+    return Leaks(len(leaked), held_out[first * held_out.each].source, train[twin * train.each].source)
 
 
 def tell_leaks(leaks: Leaks, held_out: int) -> None:

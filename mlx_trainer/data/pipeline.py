@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_trainer import runtime
 from mlx_trainer.data.batches.loader import BatchLayout, BatchLoader
+from mlx_trainer.data.batches.pairs import FloatArray
 from mlx_trainer.data.batches.plan import split
 from mlx_trainer.data.batches.shapes import Budget
 from mlx_trainer.data.duplicates import find_leaks, tell_leaks
@@ -38,7 +39,7 @@ class DataPipeline:
             mapping of files to weights (how many times each of its rows is used in an epoch), a directory with
             `train.jsonl` and, to be held out, `valid.jsonl`; or a Hugging Face dataset, or its name, `hf:owner/name`.
         tokenizer: the model's transformers tokenizer.
-        batch_size: rows of a batch.
+        batch_size: rows of a batch, or pairs.
         batch_tokens: instead, as many rows as fit into so many tokens, padding included.
         max_shapes: batches have at most so many distinct shapes, as each costs a compilation.
         max_seq_length: in tokens.
@@ -55,6 +56,9 @@ class DataPipeline:
         vocabulary_size: of the model; ids beyond it are refused.
         layout: "padded" batches, "unpadded" ones for models that can use them, or "auto", what the model asks for.
         cache_dir: where token stores are kept, by default the user's cache folder.
+        pairs: the rows are preferences, for `DPOModule` or `ORPOModule`: each becomes two rows of a batch, with the
+            chosen answer and with the rejected one. Where one is too long the prompt loses its beginning, on both
+            sides alike and never the answer, with any truncation but "drop" and "error".
 
     Raises DataError for a source or a setting that cannot be used.
     """
@@ -81,6 +85,7 @@ class DataPipeline:
         vocabulary_size: int | None = None,
         layout: Literal["auto"] | BatchLayout = "auto",
         cache_dir: str | Path | None = None,
+        pairs: bool = False,
     ) -> None:
         check_settings(
             batch_size=batch_size,
@@ -105,7 +110,8 @@ class DataPipeline:
         self._layouts: tuple[BatchLayout, BatchLayout] = ("padded", "padded") if layout == "auto" else (layout, layout)
         self._pad_id = tokenizer.pad_token_id or 0
         encoder = SampleEncoder.of(tokenizer, completion_style)
-        recipe = Recipe(tokenizer, encoder, FieldMapping(fields or {}, roles or {}), max_seq_length, truncation)
+        mapping = FieldMapping(fields or {}, roles or {})
+        recipe = Recipe(tokenizer, encoder, mapping, max_seq_length, truncation, pairs)
         sources = find_sources(path, validation_path)
         cache = Path(cache_dir).expanduser() if cache_dir is not None else runtime.cache_directory()
         stores = [open_store(source, recipe, cache) for source in (*sources.train, *sources.validation)]
@@ -119,10 +125,14 @@ class DataPipeline:
         train, held_out = stores[: len(sources.train)], stores[len(sources.train) :]
         self.train_rows, self.validation_rows = divide(Rows.of(train), Rows.of(held_out), seed, train_split)
         leaks = find_leaks(self.train_rows, self.validation_rows)
+        self.pairs = pairs
+        self.cache = cache
+        self.references: tuple[FloatArray | None, FloatArray | None] = None, None
+        """Log-probabilities under a reference of the training and the held-out answers, which their batches have."""
         self.summary: DataSummary = summarize(stores, self.train_rows, self.validation_rows, leaks.count)
         for line in str(self.summary).splitlines():
             logger.info("%s", line)
-        tell_leaks(leaks, len(self.validation_rows))
+        tell_leaks(leaks, self.summary.validation_rows)
 
     def use_layout(self, training: BatchLayout, validation: BatchLayout) -> None:
         """Make batches of these layouts, unless the constructor was given one."""
@@ -143,21 +153,33 @@ class DataPipeline:
             rank=rank,
             ranks=ranks,
             recipe=self._recipe,
+            reference=self.references[0],
         )
 
     def validation_loader(self) -> BatchLoader | None:
-        """A loader of the held-out rows, alike every time and sorted by length; None where no row is held out."""
-        if not self.validation_rows:
+        """A loader of the held-out rows, alike every time; None where no row is held out.
+
+        Rows are sorted by length; pairs are dealt as in training, since those in order share no prompt.
+        """
+        rows = self.validation_rows
+        if not rows:
             return None
+        if not self.pairs:
+            rows = rows.take(np.argsort(rows.lengths, kind="stable"))
+        return self.loader_of(rows, self._layouts[1], self.references[1])
+
+    def loader_of(self, rows: Rows, layout: BatchLayout, reference: FloatArray | None = None) -> BatchLoader:
+        """A loader of each of `rows` once, in batches that are alike every time; pairs do not keep their order."""
         return BatchLoader(
-            self.validation_rows.take(np.argsort(self.validation_rows.lengths, kind="stable")),
+            rows,
             self.budget,
-            shuffle=False,
+            shuffle=self.pairs,
             seed=self.seed,
-            layout=self._layouts[1],
+            layout=layout,
             pad_id=self._pad_id,
             workers=self.num_workers,
             resumable=False,
+            reference=reference,
         )
 
 

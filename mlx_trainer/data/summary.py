@@ -20,6 +20,9 @@ class DataSummary:
     the ids and mask of an earlier row on their side, `leaked_rows` are held out and trained too. `tokens` and
     `trained_tokens` are those of one epoch over all rows in use, validation included. Lengths are in tokens before
     cutting, so that they tell whether max_seq_length fits.
+
+    Of preferences each row is a pair; lengths are then those of both its sides, and `chosen_tokens` and
+    `rejected_tokens` the trained tokens of each side of the pairs in use.
     """
 
     rows: int
@@ -36,16 +39,21 @@ class DataSummary:
     length_p50: int
     length_p95: int
     length_max: int
+    chosen_tokens: int = 0
+    rejected_tokens: int = 0
 
     def __str__(self) -> str:
         unused = f"{self.bad_rows:,} bad, {self.dropped_rows:,} dropped, {self.truncated_rows:,} truncated"
         unused += f", {self.split_rows:,} split" if self.split_rows else ""
         twice = f"{self.duplicate_rows:,} duplicates; {self.leaked_rows:,} of the rows held out are trained too\n"
+        pairs = self.train_rows + self.validation_rows if self.chosen_tokens else 0
+        means = [f"{tokens / max(pairs, 1):,.1f}" for tokens in (self.chosen_tokens, self.rejected_tokens)]
         return (
             f"{self.rows:,} rows ({unused}): {self.train_rows:,} to train on, {self.validation_rows:,} held out\n"
             f"{twice if self.duplicate_rows or self.leaked_rows else ''}"
             f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained; "
             f"lengths p50 {self.length_p50:,}, p95 {self.length_p95:,}, longest {self.length_max:,}"
+            + (f"\nchosen answers have {means[0]} tokens on average, rejected ones {means[1]}" if pairs else "")
         )
 
 
@@ -57,21 +65,25 @@ def summarize(stores: Sequence[TokenStore], train: Rows, validation: Rows, leake
         lengths.update(store.facts.lengths)
         counts.update(store.facts.counts)
     p50, p95, longest = percentiles(lengths, 50, 95, 100)
+    each, trained = train.each, [rows.column("trained") for rows in (train, validation)]
+    first, second = (sum(int(column[side::each].sum(dtype=np.int64)) for column in trained) for side in (0, each - 1))
     return DataSummary(
         rows=sum(store.facts.total for store in stores),
         bad_rows=counts["bad"],
         truncated_rows=counts["truncated"],
         split_rows=counts["split"],
         dropped_rows=counts["dropped"],
-        train_rows=len(train),
-        validation_rows=len(validation),
+        train_rows=len(train) // each,
+        validation_rows=len(validation) // each,
         duplicate_rows=count_repeats(train) + count_repeats(validation),
         leaked_rows=leaked_rows,
         tokens=int(train.lengths.sum(dtype=np.int64) + validation.lengths.sum(dtype=np.int64)),
-        trained_tokens=sum(int(rows.column("trained").sum(dtype=np.int64)) for rows in (train, validation)),
+        trained_tokens=first + second if each == 2 else first,
         length_p50=p50,
         length_p95=p95,
         length_max=longest,
+        chosen_tokens=first if each == 2 else 0,
+        rejected_tokens=second if each == 2 else 0,
     )
 
 

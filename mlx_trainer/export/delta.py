@@ -7,7 +7,8 @@ from typing import Any
 import mlx.core as mx
 from attrs import evolve, frozen
 
-from mlx_trainer.models.adapter_config import CONFIG, TENSORS, check_finite
+from mlx_trainer.models.adapter_config import CONFIG, TENSORS
+from mlx_trainer.models.adapters import check_finite
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.models.loading import open_tensors

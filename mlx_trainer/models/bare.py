@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_trainer.models.lora import adapted_layers
+from mlx_trainer.models.lora import adapted_layers, base_of
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     walk over the modules; a function that `mx.compile` has traced does not see it.
     """
     adapted = adapted_layers(model)
-    model.update_modules(tree_unflatten([(path, layer.linear) for path, layer in adapted.items()]))
+    model.update_modules(tree_unflatten([(path, base_of(layer)) for path, layer in adapted.items()]))
     try:
         yield
     finally:

@@ -170,9 +170,13 @@ class CausalLMModule(TrainerModule):
             if hasattr(batch, "cells"):
                 states = hidden_states(self.model, batch, self.recomputation(batch))
                 return head_loss(self.model, states, batch, self.settings["vocab_size"])
-            if self.model.training and self.recompute not in ("auto", "none"):
-                raise ModelError(f'recompute="{self.recompute}" needs unpadded batches; use "auto" or "none".')
+            self.check_recompute_of_padded()
             return next_token_loss(self.forward(batch), batch.labels, accuracy=not self.model.training)
+
+    def check_recompute_of_padded(self) -> None:
+        """Raise ModelError where parts of a padded batch's forward are to be run again."""
+        if self.model.training and self.recompute not in ("auto", "none"):
+            raise ModelError(f'recompute="{self.recompute}" needs unpadded batches; use "auto" or "none".')
 
     def recomputation(self, batch: Any) -> Policy:
         """What the gradient of unpadded batches of this shape runs again: `recompute`, for "auto" as little as fits.
@@ -193,6 +197,12 @@ class CausalLMModule(TrainerModule):
         return chosen.policy
 
     def check_batch(self, batch: Any) -> None:
+        """Raise ModelError, naming the row, where a token id is beyond the vocabulary, or rejected answers are rows."""
+        if getattr(batch.metadata, "pairs", 0):
+            raise ModelError(f"{type(self).__name__} would learn the rejected answers of pairs too; use DPO or ORPO.")
+        self.check_ids(batch)
+
+    def check_ids(self, batch: Any) -> None:
         """Raise ModelError, naming the row, where a token id is beyond the model's vocabulary."""
         if (size := vocabulary_size(self.settings)) is not None:
             check_ids(batch, size)

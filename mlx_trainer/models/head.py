@@ -26,46 +26,65 @@ def head_of(model: Any) -> tuple[Head, nn.Module]:
 def head_loss(model: Any, states: mx.array, batch: Any, vocabulary: int) -> LossOutput:
     """The summed cross-entropy of `batch.targets` (predictions,), as predicted by the `states` (predictions, hidden).
 
-    In eval mode `token_accuracy` is counted too. With a frozen head, loss and gradient of each part are computed in one
-    go, and only the gradient with respect to the states is kept, (predictions, hidden).
+    In eval mode `token_accuracy` is counted too.
+    """
+    losses = head_losses(model, states, batch.targets, vocabulary)
+    counted, metrics = batch.targets != IGNORED, {}
+    if not model.training:
+        head, parts = head_of(model)[0], parts_of(batch.targets, vocabulary)
+        right = [total(mx.argmax(head(states[part]), axis=-1) == batch.targets[part]) for part in parts]
+        metrics["token_accuracy"] = mx.stack(right).sum()
+    return LossOutput(losses.sum(), total(counted), metrics)
+
+
+def head_losses(model: Any, states: mx.array, targets: mx.array, vocabulary: int) -> mx.array:
+    """The cross-entropy of each of `targets` (predictions,) in float32, 0 where it is `IGNORED`.
+
+    With a frozen head, loss and gradient of each part are computed in one go, and only the gradient with respect to the
+    states is kept, (predictions, hidden).
     """
     head, module = head_of(model)
-    counted = batch.targets != IGNORED
-    targets = mx.where(counted, batch.targets, 0)
-    parts = [slice(begin, begin + step) for step in [part_size(vocabulary)] for begin in range(0, len(targets), step)]
+    counted = targets != IGNORED
+    targets = mx.where(counted, targets, 0)
+    parts = parts_of(targets, vocabulary)
 
-    def part_loss(states: mx.array, part: slice) -> mx.array:
-        return mx.where(counted[part], cross_entropy(head(states), targets[part]), 0).sum()
+    def part_losses(states: mx.array, part: slice) -> mx.array:
+        return mx.where(counted[part], cross_entropy(head(states), targets[part]), 0)
 
     frozen = not tree_flatten(module.trainable_parameters())
     if model.training and frozen:
-        return LossOutput(with_gradient(part_loss, parts, states), total(counted))
-    losses = mx.stack([part_loss(states[part], part) for part in parts]).sum()
-    metrics = {}
-    if not model.training:
-        right = [total(counted[part] & (mx.argmax(head(states[part]), axis=-1) == targets[part])) for part in parts]
-        metrics["token_accuracy"] = mx.stack(right).sum()
-    return LossOutput(losses, total(counted), metrics)
+        return with_gradient(part_losses, parts, states)
+    return mx.concatenate([part_losses(states[part], part) for part in parts])
 
 
-def with_gradient(part_loss: Callable[[mx.array, slice], mx.array], parts: list[slice], states: mx.array) -> mx.array:
-    """The sum of `part_loss` over `parts`; its gradient is computed together with it and kept instead of logits."""
+def with_gradient(part_losses: Callable[[mx.array, slice], mx.array], parts: list[slice], states: mx.array) -> mx.array:
+    """`part_losses` of all `parts`; the gradient is computed together with them and kept instead of logits.
+
+    No loss depends on another's state, so each row of the gradient is one of them times what flows back into its loss.
+    """
 
     @mx.custom_function
-    def loss(states: mx.array) -> tuple[mx.array, mx.array]:
-        losses, gradients = [], []
+    def losses(states: mx.array) -> tuple[mx.array, mx.array]:
+        values, gradients = [], []
         for part in parts:
-            (value,), (gradient,) = mx.vjp(lambda x, part=part: part_loss(x, part), [states[part]], [mx.array(1.0)])
-            losses.append(value)
+            ones = [mx.ones(part.stop - part.start)]
+            (value,), (gradient,) = mx.vjp(lambda x, part=part: part_losses(x, part), [states[part]], ones)
+            values.append(value)
             gradients.append(gradient)
-        return mx.stack(losses).sum(), mx.concatenate(gradients)
+        return mx.concatenate(values), mx.concatenate(gradients)
 
-    @loss.vjp
-    def loss_vjp(states: Any, cotangents: Any, outputs: Any) -> Any:
-        return (cotangents[0] * outputs[1]).astype(outputs[1].dtype)
+    @losses.vjp
+    def losses_vjp(states: Any, cotangents: Any, outputs: Any) -> Any:
+        return (cotangents[0][:, None] * outputs[1]).astype(outputs[1].dtype)
 
-    value: mx.array = loss(states)[0]  # type: ignore[index]  # its stub says that it returns an object
+    value: mx.array = losses(states)[0]  # type: ignore[index]  # its stub says that it returns an object
     return value
+
+
+def parts_of(targets: mx.array, vocabulary: int) -> list[slice]:
+    """The predictions in parts of which the logits are computed at once."""
+    step, end = part_size(vocabulary), len(targets)
+    return [slice(begin, min(begin + step, end)) for begin in range(0, end, step)]
 
 
 def part_size(vocabulary: int) -> int:

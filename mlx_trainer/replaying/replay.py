@@ -73,7 +73,9 @@ def replay(run_dir: str | Path, step: int) -> ReplayedStep:
     begin = store.before(step)
     with setup_logging(level="ERROR"):  # that the callbacks of the run are not all here needs no warning
         module = build.build_module(config)
-        loader = build.build_data(config, module).train_loader()
+        data = build.build_data(config, module)
+        build.prepare(config, module, data)
+        loader = data.train_loader()
         watch = Watch(step)
         output = taken_again(trainer_of(config, begin, watch), module, loader, watch)
         equal = saves_as(module, store.path(step)) if store.path(step).is_dir() else None

@@ -10,7 +10,7 @@ from mlx_trainer.data import Example
 
 @frozen
 class ReplayedRow:
-    """A row of the step; `loss` is the mean over its trained tokens, in nats."""
+    """A row of the step; `loss` is the mean over its trained tokens, in nats, or that of the pair it belongs to."""
 
     source: str
     loss: float

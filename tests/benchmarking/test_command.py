@@ -111,6 +111,7 @@ def test_options_of_a_training_change_what_is_measured(capsys: pytest.CaptureFix
         (("none.jsonl",), "none.jsonl"),
         (("--rounds", "2"), "--rounds is for --peer, whose turns it counts"),
         (("--peer", "--rounds", "0"), "--rounds is 0; it must be a whole number, at least 1"),
+        (("--peer", "--training.method", "dpo"), "--peer: mlx_lm trains on no preferences"),
         (("--peer", "--training.optimizer", "lion"), "--peer: mlx_lm.lora has no optimizer lion"),
         (("--peer", "--training.batch_size", "64"), "--peer: mlx_lm needs 64 rows for a batch, and there are 11"),
         (("--peer", "--model", "./nothing"), "There is no folder ./nothing."),

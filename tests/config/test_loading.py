@@ -83,7 +83,8 @@ def test_every_problem_is_told_at_once_with_its_file_key_value_and_range() -> No
         "recipe.yaml: data.dataset_path is required: JSONL file, folder of train.jsonl and valid.jsonl, pattern or "
         "hf:owner/name; or several, also with weights",
         "recipe.yaml: data.shuffle is 'no'; it must be true or false",
-        "recipe.yaml: foo is not a known key; known keys: model, lora, adalora, training, data, evaluation, run",
+        "recipe.yaml: foo is not a known key; known keys: model, lora, adalora, training, preference, data, "
+        "evaluation, run",
         "recipe.yaml: learning_rate is not a known key; did you mean training.learning_rate?",
         "recipe.yaml: training.epochs is not a known key; did you mean num_epochs?",
         "recipe.yaml: training.learning_rte is not a known key; did you mean learning_rate?",

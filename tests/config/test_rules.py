@@ -25,7 +25,7 @@ DATA: dict[str, object] = {"data.dataset_path": "chats.jsonl"}
         ),
         (
             {"training.method": "full", "model.dtype": "float32", "adalora.target_r": 4},
-            "adalora.target_r is for adapters; leave it out, or set training.method to lora",
+            "adalora.target_r is for training.method lora alone; leave it out, or set that",
         ),
         (
             {"adalora.target_r": 17},
@@ -47,6 +47,11 @@ DATA: dict[str, object] = {"data.dataset_path": "chats.jsonl"}
             {"training.recompute": "mlp", "data.layout": "padded"},
             "training.recompute mlp needs unpadded batches; "
             "set data.layout to auto, or training.recompute to auto or none",
+        ),
+        (
+            {"training.method": "dpo", "preference.loss_type": "ipo", "preference.label_smoothing": 0.1},
+            "preference.label_smoothing has no part in preference.loss_type ipo; "
+            "set that to sigmoid, or label_smoothing to 0",
         ),
         (
             {"evaluation.patience": 3, "data.train_split": 1},
@@ -179,6 +184,18 @@ def test_the_same_options_apart_are_fine() -> None:
         (
             {"training.max_steps": 80, "training.warmup_steps": 8},
             ("training.save_steps 100 is beyond training.max_steps (80): only the end of the run is saved",),
+        ),
+        (
+            {"training.method": "dpo"},
+            ("training.learning_rate 0.0002 is high for DPO; 2e-05 is usual, and above 0.0001 runs often diverge",),
+        ),
+        (
+            {"training.method": "orpo", "preference.orpo_lambda": 0.2, "preference.beta": 0.2},
+            ("preference.beta has no effect with training.method orpo; it belongs to dpo",),
+        ),
+        (
+            {"preference.orpo_lambda": 0.2},
+            ("preference.orpo_lambda has no effect with training.method lora; it belongs to orpo",),
         ),
         ({"data.train_split": 0.2}, ("data.train_split 0.2 leaves most rows untrained; 0.9 is usual",)),
     ],

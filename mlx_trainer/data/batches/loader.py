@@ -16,6 +16,7 @@ from mlx_trainer import runtime
 from mlx_trainer.data.batches.classes import TOKEN_STEP
 from mlx_trainer.data.batches.mixing import Mixture
 from mlx_trainer.data.batches.padded import Batch, collate
+from mlx_trainer.data.batches.pairs import FloatArray, pair_strata, referred
 from mlx_trainer.data.batches.plan import EpochPlan, PlannedBatch, plan, starts_of
 from mlx_trainer.data.batches.shapes import Budget, Lengths, Shape, round_up
 from mlx_trainer.data.batches.strata import Indices, Stratum, plain, strata_of
@@ -32,8 +33,8 @@ class BatchLoader:
     """Iterates the current epoch from the current position; when exhausted it stands at the start of the next.
 
     Args:
-        rows: the rows.
-        budget: how large a batch is, and how many shapes there may be.
+        rows: the rows; where they are pairs, both rows of a pair are in one batch, one behind the other.
+        budget: how large a batch is, and how many shapes there may be; its rows are pairs then.
         weights: how many times each row is used in an epoch, for each of the stores that `rows` are from.
         shuffle: a new order every epoch; else the order of `rows`.
         layout: "padded" batches, or "unpadded" ones.
@@ -41,6 +42,7 @@ class BatchLoader:
         resumable: False makes every iteration start at the first batch of epoch 0, as validation needs it.
         ranks: so many processes train together, and this one is number `rank` of them.
         recipe: what made tokens of the rows, by name, for `fingerprint`.
+        reference: log-probability of each row's answer under a reference, (rows,), which batches then have too.
     """
 
     def __init__(
@@ -58,8 +60,9 @@ class BatchLoader:
         rank: int = 0,
         ranks: int = 1,
         recipe: Mapping[str, object] | None = None,
+        reference: FloatArray | None = None,
     ) -> None:
-        self.rows = rows
+        self.rows, self.reference = rows, reference
         self.recipe = dict(recipe or {})
         self.budget = budget if layout == "padded" else unpadded_budget(budget)
         self.shuffle = shuffle
@@ -70,7 +73,10 @@ class BatchLoader:
         self.resumable = resumable
         self.rank, self.ranks = rank, ranks
         self.weights = list(weights or [1.0] * len(rows.stores))
-        self._mixture = Mixture.of(rows.lengths, rows.store_numbers, self.weights)
+        units = rows.lengths.reshape(-1, rows.each).sum(axis=1)
+        self._mixture = Mixture.of(units, rows.store_numbers[:: rows.each], self.weights)
+        in_rows = None if self.budget.rows is None else self.budget.rows * rows.each
+        self._row_budget = evolve(self.budget, rows=in_rows)
         self._planned: tuple[int, EpochPlan] | None = None
         self._epoch = 0
         self._position = 0
@@ -92,14 +98,15 @@ class BatchLoader:
     def plan(self, epoch: int) -> EpochPlan:
         """The batches of `epoch`, of all ranks, as arrays of places; `row_numbers` tells which rows stand there."""
         if self._planned is None or self._planned[0] != epoch:
-            lengths = self._mixture.lengths
-            planned = plan(self.seed, epoch, lengths, self.budget, self.ranks, shuffle=self.shuffle, strata=self.strata)
+            lengths, budget = self._mixture.lengths, self._row_budget
+            planned = plan(self.seed, epoch, lengths, budget, self.ranks, shuffle=self.shuffle, strata=self.strata)
             self._planned = epoch, planned
         return self._planned[1]
 
     def row_numbers(self, epoch: int, places: Indices) -> Indices:
         """The numbers of the rows in `places` of a plan."""
-        return self._mixture.rows(self.seed, epoch, places)
+        each = self.rows.each
+        return self._mixture.rows(self.seed, epoch, places // each) * each + places % each
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and how many of its batches were handed over; batches prepared ahead do not count.
@@ -131,14 +138,20 @@ class BatchLoader:
         }
         budget, settings = self.budget, {"shuffle": self.shuffle, "data_seed": self.seed, "weights": self.weights}
         size = {"batch_size": budget.rows, "batch_tokens": budget.tokens, "max_shapes": budget.max_shapes}
-        return {**dataset, **self.recipe, **size, **settings, "layout": self.layout}
+        told = {} if self.reference is None else {"reference": sha256(self.reference.tobytes()).hexdigest()[:16]}
+        return {**dataset, **self.recipe, **size, **settings, "layout": self.layout, **told}
 
     def batch(self, epoch: int, planned: PlannedBatch) -> Batch | UnpaddedBatch:
-        """A planned batch with its rows."""
+        """A planned batch with its rows, and their reference if there is one."""
         rows = self.rows_of(epoch, planned)
+        batch: Batch | UnpaddedBatch
         if self.layout == "padded":
-            return collate(rows, planned.shape, pad_id=self.pad_id)
-        return collate_unpadded(rows, planned.shape, self.predictions[planned.shape], pad_id=self.pad_id)
+            batch = collate(rows, planned.shape, pad_id=self.pad_id)
+        else:
+            batch = collate_unpadded(rows, planned.shape, self.predictions[planned.shape], pad_id=self.pad_id)
+        if self.reference is None:
+            return batch
+        return referred(batch, self.reference[self.row_numbers(epoch, planned.rows)])
 
     def rows_of(self, epoch: int, planned: PlannedBatch) -> list[TokenRow]:
         """The rows of a planned batch, in its order."""
@@ -162,8 +175,10 @@ class BatchLoader:
     @cached_property
     def strata(self) -> tuple[Stratum, ...]:
         """Which rows are planned together because they share a prefix; padded batches and a fixed order share none."""
-        mixture = self._mixture
-        if self.layout == "padded" or not self.shuffle:
+        mixture, share = self._mixture, self.layout == "unpadded" and self.shuffle
+        if self.rows.each == 2:
+            return pair_strata(self.rows, mixture, self._row_budget, self.ranks, share=share)
+        if not share:
             return (plain(mixture.lengths),)
         prefixes, families = mixture.common(self.rows.column("prefix"), self.rows.column("family"))
         return strata_of(mixture.lengths, prefixes, families, self.budget, self.ranks)

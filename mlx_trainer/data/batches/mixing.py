@@ -54,6 +54,15 @@ class Mixture:
         alike = changes[self._first] == changes[self._first + self._size - 1]
         return np.where(alike, prefixes[self._order[self._first]], 0), ordered[self._first]
 
+    def largest(self, values: NDArray[np.integer]) -> Lengths:
+        """The largest of `values` (rows,) of the rows that take turns in each place, (places,)."""
+        if self._order is None or self._first is None or self._size is None:
+            return values.astype(np.int64)
+        ends = np.stack([self._first, self._first + self._size], axis=1).reshape(-1)
+        padded = np.append(values[self._order], values[:1])  # reduceat takes no end beyond the last
+        found: Lengths = np.maximum.reduceat(padded, ends)[::2].astype(np.int64)
+        return found
+
     def rows(self, seed: int, epoch: int, places: NDArray[np.integer]) -> NDArray[np.integer]:
         """The rows that stand in `places` in `epoch`."""
         if self._order is None or self._first is None or self._size is None:

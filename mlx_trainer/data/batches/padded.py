@@ -18,7 +18,8 @@ class BatchMetadata:
     """Where the rows came from (`chats.jsonl:12`), how many tokens and trained tokens they hold.
 
     `positions` are the tokens that the model's layers compute, padding included; `shared_tokens` of the rows' tokens
-    are not computed again, since another row begins with them too.
+    are not computed again, since another row begins with them too. Where there are `pairs`, rows 2i and 2i + 1 are the
+    chosen and the rejected answer of the i-th.
     """
 
     rows: tuple[str, ...]
@@ -26,12 +27,14 @@ class BatchMetadata:
     trained_tokens: int
     positions: int
     shared_tokens: int = 0
+    pairs: int = 0
 
     @classmethod
     def of(cls, rows: Sequence[TokenRow], positions: int, *, shared: int = 0) -> "BatchMetadata":
         """The metadata of a batch of `rows`."""
         tokens, trained = sum(map(len, rows)), sum(row.trained_tokens for row in rows)
-        return cls(tuple(row.source for row in rows), tokens, trained, positions, shared)
+        pairs = sum(row.side == "chosen" for row in rows)
+        return cls(tuple(row.source for row in rows), tokens, trained, positions, shared, pairs)
 
 
 @frozen(eq=False)

@@ -15,7 +15,7 @@ from attrs import Factory, define, evolve, frozen
 
 from mlx_trainer.data.batches.classes import LengthClass, blocks_of, classes_of, whole_steps
 from mlx_trainer.data.batches.shapes import Budget, Integers, Lengths, Shape
-from mlx_trainer.data.batches.strata import Indices, Stratum, narrow, plain, share_shapes
+from mlx_trainer.data.batches.strata import Indices, Stratum, plain, share_shapes
 
 
 class PlannedBatch(NamedTuple):
@@ -69,14 +69,14 @@ def plan(
 ) -> EpochPlan:
     """The batches of `epoch`: each row in exactly one, for any arguments, and nothing else decides.
 
-    `lengths` are those of the rows, in tokens; without `shuffle` rows keep their order. The number of batches is a
-    multiple of `ranks`, and where there are fewer rows than ranks, some are empty. How many batches there are of
-    which shape depends on neither seed nor epoch. Rows of different `strata` do not meet where these are given.
+    `lengths` are those of the rows, in tokens; without `shuffle` rows keep their order, that of the only stratum. The
+    number of batches is a multiple of `ranks`, and where there are fewer rows than ranks, some are empty. How many
+    batches there are of which shape depends on neither seed nor epoch. Rows of different `strata` do not meet where
+    these are given.
     """
-    if not shuffle:
-        lengths = narrow(lengths)
-        return in_order(lengths, [one.shape for one in classes_of(plain(lengths), budget, ranks)], ranks)
     strata = strata or [plain(lengths)]
+    if not shuffle:
+        return in_order(strata[0], [one.shape for one in classes_of(strata[0], budget, ranks)], ranks)
     random, dealt = generator(seed, epoch), Dealt()
     for stratum, own in zip(strata, share_shapes(strata, budget), strict=True):
         classes = classes_of(stratum, own, ranks)
@@ -145,18 +145,18 @@ def in_random_order(random: np.random.Generator, dealt: Dealt, ranks: int) -> Ep
     return EpochPlan(rows, starts, np.concatenate([kinds[order], last_kinds.astype(np.uint16)]), tuple(dealt.shapes))
 
 
-def in_order(lengths: Integers, shapes: Sequence[Shape], ranks: int) -> EpochPlan:
-    """Batches of rows that follow each other; each has the shape that its longest row needs."""
-    kinds = np.searchsorted([shape.length for shape in shapes], lengths)
-    rounds = rounds_in_order(kinds, [shape.rows * ranks for shape in shapes])
+def in_order(stratum: Stratum, shapes: Sequence[Shape], ranks: int) -> EpochPlan:
+    """Batches of units that follow each other; each has the shape that its longest row needs."""
+    kinds = np.searchsorted([shape.length for shape in shapes], stratum.longest)
+    rounds = rounds_in_order(kinds, [shape.rows // stratum.each * ranks for shape in shapes])
     share = -(-np.diff(rounds) // ranks)
     starts = np.minimum(rounds[:-1, None] + share[:, None] * np.arange(ranks), rounds[1:, None]).reshape(-1)
     classes = most_of(kinds, starts)
     starts = np.concatenate([starts, [len(kinds)]])
-    tokens = np.diff(starts_of(lengths)[starts])
+    tokens = np.diff(starts_of(stratum.sizes)[starts])
     most = [int(tokens[classes == k].max(initial=0)) for k in range(len(shapes))]
     told = tuple(evolve(shape, tokens=whole_steps(t, shape)) for shape, t in zip(shapes, most, strict=True))
-    return EpochPlan(np.arange(len(kinds)), starts, classes, told)
+    return EpochPlan(stratum.rows(np.arange(len(kinds))), starts * stratum.each, classes, told)
 
 
 def rounds_in_order(kinds: Indices, most: Sequence[int]) -> Lengths:

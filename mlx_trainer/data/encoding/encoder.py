@@ -90,7 +90,7 @@ def refuse_preferences(samples: Sequence[Preference]) -> list[RowError]:
     """Why preferences have no tokens."""
     return [
         RowError(
-            "chosen, rejected: these rows are for preference training (DPO), which comes later; "
+            "chosen, rejected: these rows are for training.method dpo or orpo (DataPipeline: pairs=True); "
             "to fine-tune on the chosen answers give them as prompt and completion, or as messages"
         )
         for _ in samples

@@ -22,18 +22,22 @@ VERSIONS = " ".join(f"{name} {version(name)}" for name in ("tokenizers", "transf
 
 @frozen(eq=False)
 class Recipe:
-    """How rows become tokens: their fields, the encoder, and what becomes of rows that are too long."""
+    """How rows become tokens: their fields, the encoder, and what becomes of rows that are too long.
+
+    With `pairs` they are preferences, each of which becomes two rows.
+    """
 
     tokenizer: ChatTokenizer
     encoder: SampleEncoder
     mapping: FieldMapping
     max_seq_length: int
     truncation: Truncation
+    pairs: bool = False
 
     def parts(self) -> Iterator[str]:
         """All that makes a difference, as texts."""
         yield self.tokenizer_digest
-        yield repr((self.encoder.completion_style, self.max_seq_length, self.truncation))
+        yield repr((self.encoder.completion_style, self.max_seq_length, self.truncation, self.pairs))
         yield self.mapping.canonical
         yield from (VERSIONS, source_code())
         yield from (own_format(name) for name in FORMATS)

@@ -53,6 +53,18 @@ class Rows(Sequence[TokenRow]):
         return values[self._places()]
 
     @property
+    def each(self) -> int:
+        """Rows that belong together and follow each other: 2 where they are pairs, else 1."""
+        return 2 if any(store.facts.pairs for store in self.stores) else 1
+
+    @property
+    def digests(self) -> NDArray[np.uint64]:
+        """64 bits of each row, or of each pair: equal where ids and masks are equal."""
+        digests: NDArray[np.uint64] = self.column("digest")
+        # Times an odd number before they are added: a pair is not the same the other way round.
+        return digests if self.each == 1 else digests[::2] * np.uint64(3) + digests[1::2]
+
+    @property
     def lengths(self) -> IntArray:
         """Tokens of each row, (rows,)."""
         return self.column("length")

@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from mlx_trainer.data.encoding.tokenizer import BoolArray, IntArray
 from mlx_trainer.data.samples.conversation import DataError
 
-FORMAT = 2
+FORMAT = 3
 FACTS = "store.json"
 NOTES = "notes.jsonl"
 READ_AT_ONCE = 32 << 20
+SIDES = "chosen", "rejected"
 
 ROW = np.dtype(
     [
@@ -39,7 +40,7 @@ ROW = np.dtype(
         ("line", "<i8"),  # in the file, from 1
         ("length", "<i4"),  # in tokens
         ("trained", "<i4"),  # tokens of it that are trained
-        ("part", "<i4"),  # from 1 where a row was split, else 0
+        ("part", "<i4"),  # from 1 where a row was split, else 0; of a pair, 1 is the chosen and 2 the rejected answer
         ("first", "<i4"),  # the position of the first trained token
     ]
 )
@@ -71,6 +72,7 @@ class StoreFacts:
     formats: Mapping[str, int]
     counts: Mapping[str, int]
     told: Mapping[str, Sequence[tuple[int, str]]]
+    pairs: bool
 
     def to_json(self) -> str:
         """The facts as text."""
@@ -88,11 +90,15 @@ class StoreFacts:
 
 @frozen(eq=False)
 class TokenRow:
-    """One row: `source` as in `chats.jsonl:12`, its ids and which of them are trained, both (length,)."""
+    """One row: `source` as in `chats.jsonl:12`, its ids and which of them are trained, both (length,).
+
+    `side` is "chosen" or "rejected" in a pair, else empty.
+    """
 
     source: str
     ids: IntArray
     trained: BoolArray
+    side: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -141,8 +147,9 @@ class TokenStore:
         """A row; raises DataError where it is not what was written, as an id too large would crash MLX."""
         start, _, _, line, length, trained, part, _ = self._rows.copy(slice(index, index + 1))[0].tolist()
         place = slice(start, start + length)
-        source = f"{self.source}:{line} part {part}" if part else f"{self.source}:{line}"
-        row = TokenRow(source, self._ids.copy(place).astype(np.int32), self._trained.copy(place))
+        side = SIDES[(part - 1) % 2] if self.facts.pairs else ""
+        source = f"{self.source}:{line} {side or f'part {part}'}" if part else f"{self.source}:{line}"
+        row = TokenRow(source, self._ids.copy(place).astype(np.int32), self._trained.copy(place), side)
         if (len(row), row.trained_tokens) != (length, trained) or row.ids.max(initial=0) > self.facts.largest_id:
             raise DataError(f"{self.folder} is damaged at {source}. Remove it; it will be made again.")
         return row

@@ -12,6 +12,7 @@ from typing import Self
 
 import numpy as np
 
+from mlx_trainer.data.encoding.pairs import Pair, encode_pairs, fit_pair
 from mlx_trainer.data.encoding.tokenizer import BoolArray, IntArray, Tokens
 from mlx_trainer.data.encoding.truncation import fit
 from mlx_trainer.data.samples.conversation import RowError, Sample
@@ -62,18 +63,21 @@ class StoreWriter:
             if row.control:
                 self._note("control", row, row.control)
             usable.append((row, row.sample, number))
-        encoded = self.recipe.encoder.encode([sample for _, sample, _ in usable])
+        samples = [sample for _, sample, _ in usable]
+        pairs = self.recipe.pairs
+        encoded = encode_pairs(samples, self.recipe.encoder) if pairs else self.recipe.encoder.encode(samples)
         kept: list[Kept] = []
         for (row, sample, number), tokens in zip(usable, encoded, strict=True):
             if isinstance(tokens, RowError):
                 self._note("bad", row, str(tokens))
                 continue
-            self._lengths[len(tokens.ids)] += 1
-            if len(tokens.ids) <= self.recipe.max_seq_length:
-                kept.append((tokens, row.line, number, 0))
-            else:
+            sides = (tokens,) if isinstance(tokens, Tokens) else tokens
+            lengths = [len(side.ids) for side in sides]
+            self._lengths.update(lengths)
+            parts: Sequence[Tokens] = sides
+            if max(lengths) > self.recipe.max_seq_length:
                 parts = self._fit(sample, tokens, row)
-                kept += [(part, row.line, number, k) for k, part in enumerate(parts, start=int(len(parts) > 1))]
+            kept += [(part, row.line, number, k) for k, part in enumerate(parts, start=int(len(parts) > 1))]
         if kept:
             self._write(kept)
 
@@ -94,6 +98,7 @@ class StoreWriter:
             formats=dict(self._formats.most_common()),
             counts=dict(self._counts),
             told=self._told,
+            pairs=self.recipe.pairs,
         )
         with (self.folder / FACTS).open("w", encoding="utf-8") as written:
             written.write(facts.to_json())
@@ -111,11 +116,16 @@ class StoreWriter:
             written.flush()
             os.fsync(written.fileno())
 
-    def _fit(self, sample: Sample, tokens: Tokens, row: ParsedRow) -> list[Tokens]:
-        recipe = self.recipe
-        parts = fit(sample, tokens, recipe.encoder, recipe.max_seq_length, recipe.truncation)
-        kind = ("dropped", "truncated", "split")[min(len(parts), 2)]
-        self._note(kind, row, f"{len(tokens.ids)} tokens")
+    def _fit(self, sample: Sample, tokens: Tokens | Pair, row: ParsedRow) -> Sequence[Tokens]:
+        recipe, most = self.recipe, self.recipe.max_seq_length
+        parts: Sequence[Tokens]
+        if isinstance(tokens, Tokens):
+            parts = fit(sample, tokens, recipe.encoder, most, recipe.truncation)
+            kind, length = ("dropped", "truncated", "split")[min(len(parts), 2)], len(tokens.ids)
+        else:
+            parts = fit_pair(tokens, most, recipe.truncation, recipe.encoder.bos) or ()
+            kind, length = "truncated" if parts else "dropped", max(len(side.ids) for side in tokens)
+        self._note(kind, row, f"{length} tokens")
         return parts
 
     def _note(self, kind: str, row: ParsedRow, reason: str) -> None:

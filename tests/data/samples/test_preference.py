@@ -114,8 +114,10 @@ def test_conversations() -> None:
         assert text.count("</s>") == (2 if conversation is chosen else 1)
 
 
-def test_preferences_are_not_trained_yet() -> None:
-    """The encoder answers with an error that says what these rows are for."""
+def test_preferences_are_no_rows_to_fine_tune_on() -> None:
+    """The encoder answers with an error that says what these rows are for: the rejected answer must not be learnt."""
     (refused,) = SampleEncoder.of(mistral_tokenizer()).encode([ONE_TURN])
     assert isinstance(refused, RowError)
-    assert str(refused).startswith("chosen, rejected: these rows are for preference training (DPO), which comes later")
+    assert str(refused).startswith(
+        "chosen, rejected: these rows are for training.method dpo or orpo (DataPipeline: pairs=True)"
+    )

@@ -1,0 +1,3 @@
+from tests.models.conftest import uncompiled
+
+__all__ = ["uncompiled"]
