@@ -3,7 +3,8 @@
 It makes one kernel of operations that follow each other, and has it compiled when it first runs: 4 seconds each on
 CUDA, 0.7 on Linux CPUs, one after the other. For a single operation MLX brings a kernel. Many fused operations on large
 arrays are worth theirs; a few on scalars, or a number times an array, which is two operations (one spreads the number),
-are not. A view costs nothing, and nothing is fused with it. `benchmarks/first_step.py` counts kernels.
+are not. A view costs the device nothing, the host 1 to 3 µs, and nothing is fused with it.
+`benchmarks/first_step.py` counts kernels.
 """
 
 import mlx.core as mx
@@ -23,9 +24,9 @@ def spread(scalar: mx.array, like: mx.array) -> mx.array:
     return on_its_own(mx.broadcast_to(scalar, like.shape))
 
 
-def scaled(x: mx.array, scalar: mx.array) -> mx.array:
-    """Return `x * scalar`, fused with nothing; without a gradient."""
-    return on_its_own(on_its_own(x) * spread(scalar, x))
+def cast(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return `x` as `dtype`, fused with nothing; `x` itself where it is that."""
+    return x if x.dtype == dtype else on_its_own(on_its_own(x).astype(dtype))
 
 
 def all_finite(*scalars: mx.array) -> mx.array:

@@ -21,7 +21,7 @@ import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
 from mlx_trainer.failure import TrainingError, dispatched
-from mlx_trainer.fusion import on_its_own, spread
+from mlx_trainer.fusion import spread
 from mlx_trainer.module import LossOutput, TrainerModule
 from mlx_trainer.traced import Gradients, assign, copied, from_tree, leaves, restored_on_error, shape_key, to_tree
 
@@ -146,7 +146,7 @@ class TrainStep:
 
     def _accumulated(self, tree: Any, gradients: Gradients) -> tuple[Sums, Gradients]:
         sums, new = self._gradients(tree)
-        return sums, tree_map(lambda total, g: total + on_its_own(g).astype(mx.float32), gradients, new)
+        return sums, tree_map(lambda total, g: total + g.astype(mx.float32), gradients, new)
 
     def _gradients(self, tree: Any) -> tuple[Sums, Gradients]:
         batch = from_tree(tree)
@@ -158,7 +158,7 @@ class TrainStep:
     def _update(self, sums: Sequence[Sums], gradients: Gradients) -> tuple[Any, ...]:
         total, weight, metrics = add_up(sums)
         divisor = mx.maximum(weight.astype(mx.float32), SMALLEST)  # nothing trained: the gradient is zero, not 0/0
-        gradients = tree_map(lambda g: on_its_own(g) / spread(divisor, g), gradients)
+        gradients = tree_map(lambda g: g / spread(divisor, g), gradients)
         context = StepContext(total / weight, weight, gradients)
         values: dict[str, mx.array] = {}
         for transform in self.transforms:
@@ -180,10 +180,9 @@ class TrainStep:
         accepted = mx.stack(list(verdicts.values())).all()
 
         def chosen(new: mx.array, old: mx.array) -> mx.array:
-            return mx.where(spread(accepted, new), on_its_own(new), old)
+            return mx.where(accepted, new, old)
 
-        # What the update makes of a parameter is used here alone, so this choice is fused with it.
-        model.update(tree_map(lambda new, old: mx.where(accepted, new, old), updated, parameters))
+        model.update(tree_map(chosen, updated, parameters))
         assign(optimizer.state, tree_map(chosen, copied(optimizer.state), state))
         assign(self.arrays, tree_map(chosen, copied(self.arrays), arrays))
         return learning_rate, verdicts

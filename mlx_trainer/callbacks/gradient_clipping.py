@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_trainer.callback import Callback, Gradients
-from mlx_trainer.fusion import all_finite, on_its_own, scaled
+from mlx_trainer.fusion import all_finite, on_its_own, spread
 from mlx_trainer.step import StepContext, global_norm
 from mlx_trainer.traced import leaves
 
@@ -66,4 +66,4 @@ def clip_by_norm(gradients: Gradients, norm: mx.array, max_norm: float) -> Gradi
     ratio = on_its_own(max_norm / on_its_own(norm + 1e-6))
     scale = on_its_own(mx.minimum(ratio, 1.0)) + on_its_own(norm * 0)
     # Multiplied in float32: a small scale would be 0 in float16.
-    return tree_map(lambda g: scaled(g.astype(mx.float32), scale).astype(g.dtype), gradients)
+    return tree_map(lambda g: (g.astype(mx.float32) * spread(scale, g)).astype(g.dtype), gradients)

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_trainer.fusion import scaled
+from mlx_trainer.fusion import cast, spread
 from mlx_trainer.models.loss import cross_entropy
 from mlx_trainer.module import LossOutput
 
@@ -64,7 +64,8 @@ def with_gradient(
 
     @loss.vjp
     def loss_vjp(states: Any, cotangents: Any, outputs: Any) -> Any:
-        return scaled(outputs[1].astype(mx.float32), cotangents[0]).astype(outputs[1].dtype)
+        _, kept = outputs
+        return cast(cast(kept, mx.float32) * spread(cotangents[0], kept), kept.dtype)
 
     value: mx.array = loss(states)[0]  # type: ignore[index]  # its stub says that it returns an object
     return value
