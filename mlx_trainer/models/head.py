@@ -7,7 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_trainer.models.loss import IGNORED, cross_entropy, total
+from mlx_trainer.fusion import cast, spread
+from mlx_trainer.models.loss import cross_entropy
 from mlx_trainer.module import LossOutput
 
 LOGITS_AT_ONCE = 1 << 25
@@ -24,45 +25,47 @@ def head_of(model: Any) -> tuple[Head, nn.Module]:
 
 
 def head_loss(model: Any, states: mx.array, batch: Any, vocabulary: int) -> LossOutput:
-    """The summed cross-entropy of `batch.targets` (predictions,), as predicted by the `states` (predictions, hidden).
+    """The summed cross-entropy of `batch.targets` by the `states` (predictions, hidden), by `batch.weights`.
 
     In eval mode `token_accuracy` is counted too. With a frozen head, loss and gradient of each part are computed in one
     go, and only the gradient with respect to the states is kept, (predictions, hidden).
     """
     head, module = head_of(model)
-    counted = batch.targets != IGNORED
-    targets = mx.where(counted, batch.targets, 0)
-    parts = [slice(begin, begin + step) for step in [part_size(vocabulary)] for begin in range(0, len(targets), step)]
+    targets, weights, size = batch.targets, batch.weights, part_size(vocabulary)
+    parts = [slice(begin, begin + size) for begin in range(0, len(targets), size)]
 
-    def part_loss(states: mx.array, part: slice) -> mx.array:
-        return mx.where(counted[part], cross_entropy(head(states), targets[part]), 0).sum()
+    def losses_of(states: mx.array, part: slice) -> mx.array:
+        return cross_entropy(head(states), targets[part])
 
     frozen = not tree_flatten(module.trainable_parameters())
     if model.training and frozen:
-        return LossOutput(with_gradient(part_loss, parts, states), total(counted))
-    losses = mx.stack([part_loss(states[part], part) for part in parts]).sum()
+        return LossOutput(with_gradient(losses_of, parts, weights, states), weights.sum())
+    losses = mx.stack([(losses_of(states[part], part) * weights[part]).sum() for part in parts]).sum()
     metrics = {}
     if not model.training:
-        right = [total(counted[part] & (mx.argmax(head(states[part]), axis=-1) == targets[part])) for part in parts]
-        metrics["token_accuracy"] = mx.stack(right).sum()
-    return LossOutput(losses, total(counted), metrics)
+        right = [(mx.argmax(head(states[part]), axis=-1) == targets[part]) * weights[part] for part in parts]
+        metrics["token_accuracy"] = mx.concatenate(right).sum()
+    return LossOutput(losses, weights.sum(), metrics)
 
 
-def with_gradient(part_loss: Callable[[mx.array, slice], mx.array], parts: list[slice], states: mx.array) -> mx.array:
-    """The sum of `part_loss` over `parts`; its gradient is computed together with it and kept instead of logits."""
+def with_gradient(
+    losses_of: Callable[[mx.array, slice], mx.array], parts: list[slice], weights: mx.array, states: mx.array
+) -> mx.array:
+    """The sum of `losses_of` · weights over `parts`; its gradient is computed with it and kept instead of logits."""
 
     @mx.custom_function
     def loss(states: mx.array) -> tuple[mx.array, mx.array]:
         losses, gradients = [], []
         for part in parts:
-            (value,), (gradient,) = mx.vjp(lambda x, part=part: part_loss(x, part), [states[part]], [mx.array(1.0)])
-            losses.append(value)
-            gradients.append(gradient)
+            each, gradient = mx.vjp(lambda x, part=part: losses_of(x, part), [states[part]], [weights[part]])
+            losses.append((each[0] * weights[part]).sum())
+            gradients += gradient
         return mx.stack(losses).sum(), mx.concatenate(gradients)
 
     @loss.vjp
     def loss_vjp(states: Any, cotangents: Any, outputs: Any) -> Any:
-        return (cotangents[0] * outputs[1]).astype(outputs[1].dtype)
+        _, kept = outputs
+        return cast(cast(kept, mx.float32) * spread(cotangents[0], kept), kept.dtype)
 
     value: mx.array = loss(states)[0]  # type: ignore[index]  # its stub says that it returns an object
     return value

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from attrs import frozen
 
+from mlx_trainer.fusion import cast, on_its_own, spread
 from mlx_trainer.models.quantized import QuantizedLinear, dequantized, dequantizing_wins, result_type
 
 DROPOUT_STEPS = 1 << 16
@@ -54,29 +55,36 @@ def products(x: mx.array, linears: Sequence[nn.Module], adapters: Sequence[Adapt
     def each(lows: Sequence[mx.array]) -> list[mx.array]:
         return [low for together, at in zip(lows, ends, strict=True) for low in mx.split(together, at, axis=1)]
 
+    def scaled(b: Sequence[mx.array]) -> list[mx.array]:
+        return [up * spread(mx.array(each.scale, up.dtype), up) for up, each in zip(b, adapters, strict=True)]
+
+    def typed(parts: Sequence[mx.array]) -> list[mx.array]:
+        return [cast(part, x.dtype) for part in parts]
+
     @mx.custom_function
     def forward(x: mx.array, a: list[mx.array], b: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
-        lows = [dropped(x, kept) @ together for together, kept in zip(a, masks, strict=True)]
-        adapted = [with_adapter(linear, x, *parts) for linear, *parts in zip(linears, each(lows), b, strict=False)]
+        lows = [dropped(x, kept) @ together for together, kept in zip(typed(a), masks, strict=True)]
+        pairs = zip(linears, each(lows), typed(scaled(b)), strict=False)
+        adapted = [with_adapter(linear, x, low, up) for linear, low, up in pairs]
         return adapted + [linear(x) for linear in linears[len(b) :]], lows
 
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         (x, a, b), (dys, _), (_, lows) = primals, cotangents, outputs
-        dlows = iter([dy @ up.T for dy, up in zip(dys, b, strict=False)])
+        dlows = iter([dy @ up.T for dy, up in zip(dys, typed(scaled(b)), strict=False)])
         g = [mx.concatenate(list(islice(dlows, len(group))), axis=1) for group in groups]
         # Without the dependency `mx.compile` would keep each dropped x of the forward pass: it merges what is equal.
         da = [dropped(mx.depends(x, dlow), kept).T @ dlow for dlow, kept in zip(g, masks, strict=True)]
         db = [low.T @ dy for low, dy in zip(each(lows), dys, strict=False)]
-        terms = [dropped(dlow @ together.T, kept) for dlow, together, kept in zip(g, a, masks, strict=True)]
+        terms = [dropped(dlow @ together.T, kept) for dlow, together, kept in zip(g, typed(a), masks, strict=True)]
         dx: Any = reduce(operator.add, terms) if terms else None
         for linear, dy in zip(linears, dys, strict=True):
             dx = back_through(linear, dx, dy, x)
-        return dx.astype(x.dtype), da, db
+        da, db = ([cast(d, p.dtype) for d, p in zip(ds, ps, strict=True)] for ds, ps in ((da, a), (db, b)))
+        return dx.astype(x.dtype), da, [on_its_own(d) for d in scaled(db)]  # else fused with what the step does to it
 
-    a = [mx.concatenate([adapter.a for adapter in group], axis=1).astype(x.dtype) for group in groups]
-    b = [(adapter.scale * adapter.b).astype(x.dtype) for adapter in adapters]
-    outputs: Any = forward(x, a, b)
+    a = [mx.concatenate([adapter.a for adapter in group], axis=1) for group in groups]
+    outputs: Any = forward(x, a, [adapter.b for adapter in adapters])
     return tuple(outputs[0])
 
 
@@ -116,4 +124,4 @@ def kept(shape: Sequence[int], dropout: float, key: mx.array) -> tuple[mx.array,
     size = math.prod(shape)
     words = mx.random.split(key, -(-size // 4))  # rows of two uint32: MLX's random bits as they are
     bits = words.view(mx.uint16).reshape(-1)[:size].reshape(*shape)
-    return bits >= threshold, 1 - threshold / DROPOUT_STEPS
+    return bits >= spread(mx.array(threshold, mx.uint16), bits), 1 - threshold / DROPOUT_STEPS

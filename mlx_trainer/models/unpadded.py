@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_trainer.models.attention import causal_attention, fused
 from mlx_trainer.models.exponential import sigmoid
@@ -39,13 +40,20 @@ def hidden_states(model: Any, batch: Any, policy: Policy = "none") -> mx.array:
     gradient runs again.
     """
     to_rows, to_positions = rearrangements(batch)
-    h = model.model.embed_tokens(batch.input_ids)
+    h = embedded(model.model.embed_tokens, batch.input_ids)
     *earlier, last = model.model.layers
     for layer in earlier:
         h = block(layer, h, to_rows, to_positions, policy)
     h = block(last, h, to_rows, to_positions, policy, lambda h: take_once(h, batch.predicting, batch.predictions))
     states: mx.array = model.model.norm(h)
     return states
+
+
+def embedded(layer: Any, ids: mx.array) -> mx.array:
+    """The embeddings of `ids` (positions,); of a frozen layer they are gathered as all else is, by one kernel."""
+    frozen = type(layer) is nn.Embedding and not layer.trainable_parameters()
+    h: mx.array = take_rows(layer.weight, ids) if frozen else layer(ids)
+    return h
 
 
 def block(

@@ -21,6 +21,6 @@ def alone(batch: Batch | UnpaddedBatch, rows: Sequence[TokenRow], number: int) -
         return evolve(batch, labels=labels)
     ends = np.cumsum([row.trained_tokens for row in rows])  # the predictions stand in the order of the rows
     own = slice(ends[number] - rows[number].trained_tokens, ends[number])
-    targets = np.full_like(batch.targets, IGNORED)
-    targets[own] = batch.targets[own]
-    return evolve(batch, targets=targets)
+    weights = np.zeros_like(batch.weights)
+    weights[own] = batch.weights[own]
+    return evolve(batch, weights=weights)
