@@ -131,7 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", choices=list(RUNS), nargs="+", default=list(RUNS))
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.set_defaults(case="mixed", bits=None, peer_rows=None)
+    parser.set_defaults(case="mixed", bits=None, peer_rows=None, accumulate=1)
     return parser.parse_args()
 
 

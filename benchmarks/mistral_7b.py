@@ -112,7 +112,8 @@ def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(2):
         mx.reset_peak_memory()
         start = time.perf_counter()
-        result = Trainer(max_epochs=1, callbacks=[GradientClipping(), NaNGuard()]).fit(module, data)
+        callbacks = [GradientClipping(), NaNGuard()]
+        result = Trainer(max_epochs=1, accumulate=arguments.accumulate, callbacks=callbacks).fit(module, data)
         mx.eval(module.model.parameters())
         rounds.append(time.perf_counter() - start)
     computed = result.counts["positions"] / result.counts["tokens"]
@@ -133,7 +134,7 @@ def peer_setup(folder: Path, arguments: argparse.Namespace) -> tuple[Any, list[A
     tokenizer = load_tokenizer(folder / "base", trust_remote_code=False)
     loader = data_of(folder, arguments, tokenizer).train_loader()
     rows = [(row.ids.tolist(), 0) for row in loader.rows]
-    accumulate = max(round(len(rows) / len(loader) / PEER_BATCH), 1)
+    accumulate = max(round(arguments.accumulate * len(rows) / len(loader) / PEER_BATCH), 1)
     rows = rows[: arguments.peer_rows]
     model, _ = load_model(folder / "base")
     model.freeze()
@@ -230,6 +231,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=8192, help="of a batch of mixed rows")
+    parser.add_argument(
+        "--accumulate", type=int, default=1, help="batches an update; mlx_lm has as many rows an update"
+    )
     parser.add_argument("--targets", choices=list(TARGETS), default="qv")
     parser.add_argument("--recompute", default="auto", help="of mlx_trainer alone")
     parser.add_argument("--bits", type=int, help="pack the base")

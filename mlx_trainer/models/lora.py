@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.products import Adapter, kept, products
+from mlx_trainer.models.products import Adapter, Make, kept, products
 from mlx_trainer.models.quantized import QuantizedLinear, dequantize_at_use
 
 Linear = nn.Linear | nn.QuantizedLinear
@@ -41,20 +41,30 @@ class LoRALinear(nn.Module):
         return y + self.scale * (low @ self.lora_b.astype(x.dtype))
 
 
-def project(x: mx.array, *layers: nn.Module, keys: Sequence[mx.array | None] | None = None) -> tuple[mx.array, ...]:
-    """What each of `layers`, adapted or not, makes of the same `x` (positions, in).
+def project(
+    x: mx.array | Sequence[mx.array],
+    *layers: nn.Module,
+    keys: Sequence[mx.array | None] | None = None,
+    make: Make = lambda x: x,
+) -> tuple[mx.array, ...]:
+    """What each of `layers`, adapted or not, makes of the same `make(x)` (positions, in), or `make(*x)`.
 
     Frozen linear layers and `LoRALinear`s on them are computed together (`products.py`), any other on its own. With
-    the `keys` of `dropout_keys`, their dropout is the same each time; without, the keys are drawn here.
+    the `keys` of `dropout_keys`, their dropout is the same each time; without, the keys are drawn here. `make` costs
+    little and trains nothing: those computed together run it again for the gradient, and keep x instead of its result.
     """
+    inputs = [x] if isinstance(x, mx.array) else list(x)
     together = [i for i, layer in enumerate(layers) if shares_input(layer)]
+    if len(together) < len(layers):
+        inputs, make = [make(*inputs)], lambda x: x
     if not together:
-        return tuple(layer(x) for layer in layers)
+        return tuple(layer(*inputs) for layer in layers)
     keys = dropout_keys(*layers) if keys is None else keys
     together.sort(key=lambda i: type(layers[i]) is not LoRALinear)  # the adapted ones first
-    adapters = [adapter_of(layers[i], keys[i], x) for i in together if type(layers[i]) is LoRALinear]
-    shared = dict(zip(together, products(x, [base_of(layers[i]) for i in together], adapters), strict=True))
-    return tuple(shared[i] if i in shared else layer(x) for i, layer in enumerate(layers))
+    adapters = [adapter_of(layers[i], keys[i], inputs[0]) for i in together if type(layers[i]) is LoRALinear]
+    computed = products(inputs, make, [base_of(layers[i]) for i in together], adapters)
+    shared = dict(zip(together, computed, strict=True))
+    return tuple(shared[i] if i in shared else layer(*inputs) for i, layer in enumerate(layers))
 
 
 def dropout_keys(*layers: nn.Module) -> tuple[mx.array | None, ...]:

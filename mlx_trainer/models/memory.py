@@ -153,7 +153,7 @@ class BlockBytes:
             scores=0 if fused(dtype) else attention.n_heads * dtype.size * scored_cells(batch),
             attended=cells * width * dtype.size,
             gate_up=fed * dtype.size * sum(widths(linear)[1] for linear in feeding),
-            output_inputs=positions * input_bytes(dtype, *outputs),
+            output_inputs=positions * input_bytes(dtype, *outputs, made=False),
             other_inputs=positions * input_bytes(dtype, *inputs)
             + fed * sum(input_bytes(dtype, *alike) for alike in (feeding, (mlp.down_proj,))),
             adapted=one * sum(widths(linear)[1] for linear in adapters),
@@ -196,10 +196,13 @@ def seen_by_blocks(length: int, before: int) -> int:
     return sum((end - begin) * (before + end) for begin, end in pairwise([0, *ends]))
 
 
-def input_bytes(dtype: mx.Dtype, *layers: Any) -> int:
-    """Bytes a position of what the gradients of `layers` need of their input, and of adapters' first products."""
+def input_bytes(dtype: mx.Dtype, *layers: Any, made: bool = True) -> int:
+    """Bytes a position of what the gradients of `layers` need of their input, and of adapters' first products.
+
+    An input that is `made` again (`project`) is not kept for an adapter, but for a weight that trains.
+    """
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
-    needed = bool(adapted) or any("weight" in layer.trainable_parameters() for layer in layers)
+    needed = bool(adapted) and not made or any("weight" in layer.trainable_parameters() for layer in layers)
     low = sum(layer.lora_a.shape[1] for layer in adapted) * dtype.size
     masks = sum(dropout_of(layer) > 0 for layer in adapted) * mx.bool_.size
     return widths(layers[0])[0] * (needed * dtype.size + masks) + low

@@ -7,13 +7,14 @@ With y, dy and W of layer i, its adapter a, b already scaled, and x, dx (positio
 
 An adapter is few FLOPs on large arrays: what it costs is how often x, y and their gradients pass through memory. The
 adapters that see the same x share its products (a's side by side), every sum but the first term of dx is made inside a
-product, and of the forward pass x and low alone are kept. With dropout an adapter sees an x of its own,
-`where(kept, x, 0)`, and a boolean for each element is kept too.
+product, and of the forward pass low alone is kept, and what x is made of: a norm, or SwiGLU, costs less to compute again
+than its result to keep. With dropout an adapter sees an x of its own, `where(kept, x, 0)`, and a boolean for each element
+is kept too.
 """
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import accumulate, groupby, islice
 from typing import Any
@@ -29,6 +30,10 @@ DROPOUT_STEPS = 1 << 16
 """Dropout spends 16 random bits on an element: half the time of `mx.random.bernoulli`, which spends 32."""
 
 
+Make = Callable[..., mx.array]
+"""What a product's input is made by, of arrays; it trains nothing."""
+
+
 @frozen(eq=False)
 class Adapter:
     """What adds `scale * (x @ a) @ b` to a layer's output, a (in, rank), b (rank, out).
@@ -42,15 +47,18 @@ class Adapter:
     kept: mx.array | None = None
 
 
-def products(x: mx.array, linears: Sequence[nn.Module], adapters: Sequence[Adapter]) -> tuple[mx.array, ...]:
-    """What each of `linears`, all frozen, makes of x (positions, in); beside the first of them are the `adapters`.
+def products(
+    inputs: Sequence[mx.array], make: Make, linears: Sequence[nn.Module], adapters: Sequence[Adapter]
+) -> tuple[mx.array, ...]:
+    """What each of `linears`, all frozen, makes of x = `make(*inputs)` (positions, in); beside the first the `adapters`.
 
-    Gradients flow to x and the adapters, to each in its own type. But for the order of sums, and fewer roundings, the
-    numbers are those of separate layers.
+    Gradients flow to the inputs and the adapters, to each in its own type. But for the order of sums, and fewer
+    roundings, the numbers are those of separate layers. `make` trains nothing, and is run again for the gradient.
     """
     groups = sharing(adapters)
     masks = [group[0].kept for group in groups]
     ends = [list(accumulate(adapter.a.shape[1] for adapter in group))[:-1] for group in groups]
+    dtype = inputs[0].dtype
 
     def each(lows: Sequence[mx.array]) -> list[mx.array]:
         return [low for together, at in zip(lows, ends, strict=True) for low in mx.split(together, at, axis=1)]
@@ -59,10 +67,11 @@ def products(x: mx.array, linears: Sequence[nn.Module], adapters: Sequence[Adapt
         return [up * spread(mx.array(each.scale, up.dtype), up) for up, each in zip(b, adapters, strict=True)]
 
     def typed(parts: Sequence[mx.array]) -> list[mx.array]:
-        return [cast(part, x.dtype) for part in parts]
+        return [cast(part, dtype) for part in parts]
 
     @mx.custom_function
-    def forward(x: mx.array, a: list[mx.array], b: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+    def forward(inputs: list[mx.array], a: list[mx.array], b: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+        x = make(*inputs)
         lows = [dropped(x, kept) @ together for together, kept in zip(typed(a), masks, strict=True)]
         pairs = zip(linears, each(lows), typed(scaled(b)), strict=False)
         adapted = [with_adapter(linear, x, low, up) for linear, low, up in pairs]
@@ -70,10 +79,12 @@ def products(x: mx.array, linears: Sequence[nn.Module], adapters: Sequence[Adapt
 
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        (x, a, b), (dys, _), (_, lows) = primals, cotangents, outputs
+        (inputs, a, b), (dys, _), (_, lows) = primals, cotangents, outputs
+        # Without the dependency `mx.compile` would keep each x of the forward pass: it merges what is equal.
+        inputs = mx.depends(list(inputs), list(dys))
+        x = make(*inputs)
         dlows = iter([dy @ up.T for dy, up in zip(dys, typed(scaled(b)), strict=False)])
         g = [mx.concatenate(list(islice(dlows, len(group))), axis=1) for group in groups]
-        # Without the dependency `mx.compile` would keep each dropped x of the forward pass: it merges what is equal.
         da = [dropped(mx.depends(x, dlow), kept).T @ dlow for dlow, kept in zip(g, masks, strict=True)]
         db = [low.T @ dy for low, dy in zip(each(lows), dys, strict=False)]
         terms = [dropped(dlow @ together.T, kept) for dlow, together, kept in zip(g, typed(a), masks, strict=True)]
@@ -81,10 +92,11 @@ def products(x: mx.array, linears: Sequence[nn.Module], adapters: Sequence[Adapt
         for linear, dy in zip(linears, dys, strict=True):
             dx = back_through(linear, dx, dy, x)
         da, db = ([cast(d, p.dtype) for d, p in zip(ds, ps, strict=True)] for ds, ps in ((da, a), (db, b)))
-        return dx.astype(x.dtype), da, [on_its_own(d) for d in scaled(db)]  # else fused with what the step does to it
+        db = [on_its_own(d) for d in scaled(db)]  # else fused with what the step does to it
+        return mx.vjp(make, inputs, [dx.astype(dtype)])[1], da, db
 
     a = [mx.concatenate([adapter.a for adapter in group], axis=1) for group in groups]
-    outputs: Any = forward(x, a, [adapter.b for adapter in adapters])
+    outputs: Any = forward(list(inputs), a, [adapter.b for adapter in adapters])
     return tuple(outputs[0])
 
 
