@@ -202,7 +202,7 @@ def input_bytes(dtype: mx.Dtype, *layers: Any, made: bool = True) -> int:
     An input that is `made` again (`project`) is not kept for an adapter, but for a weight that trains.
     """
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
-    needed = bool(adapted) and not made or any("weight" in layer.trainable_parameters() for layer in layers)
+    needed = (bool(adapted) and not made) or any("weight" in layer.trainable_parameters() for layer in layers)
     low = sum(layer.lora_a.shape[1] for layer in adapted) * dtype.size
     masks = sum(dropout_of(layer) > 0 for layer in adapted) * mx.bool_.size
     return widths(layers[0])[0] * (needed * dtype.size + masks) + low

@@ -6,10 +6,10 @@ With y, dy and W of layer i, its adapter a, b already scaled, and x, dx (positio
     g = dy @ bᵀ     dx = Σᵢ (g @ aᵀ + dy @ W)     da = xᵀ @ g     db = lowᵀ @ dy
 
 An adapter is few FLOPs on large arrays: what it costs is how often x, y and their gradients pass through memory. The
-adapters that see the same x share its products (a's side by side), every sum but the first term of dx is made inside a
-product, and of the forward pass low alone is kept, and what x is made of: a norm, or SwiGLU, costs less to compute again
-than its result to keep. With dropout an adapter sees an x of its own, `where(kept, x, 0)`, and a boolean for each element
-is kept too.
+adapters that see the same x share its products (a's side by side), and every sum but the first term of dx is made
+inside a product. Of the forward pass low is kept, and instead of x what it is made of: a norm, or SwiGLU, costs less to
+compute again than its result to keep. With dropout an adapter sees an x of its own, `where(kept, x, 0)`, and a boolean
+for each element is kept too.
 """
 
 import math
@@ -50,7 +50,9 @@ class Adapter:
 def products(
     inputs: Sequence[mx.array], make: Make, linears: Sequence[nn.Module], adapters: Sequence[Adapter]
 ) -> tuple[mx.array, ...]:
-    """What each of `linears`, all frozen, makes of x = `make(*inputs)` (positions, in); beside the first the `adapters`.
+    """What each of `linears`, all frozen, makes of x = `make(*inputs)` (positions, in).
+
+    Beside the first of them are the `adapters`.
 
     Gradients flow to the inputs and the adapters, to each in its own type. But for the order of sums, and fewer
     roundings, the numbers are those of separate layers. `make` trains nothing, and is run again for the gradient.
