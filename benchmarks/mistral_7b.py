@@ -112,7 +112,8 @@ def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(2):
         mx.reset_peak_memory()
         start = time.perf_counter()
-        result = Trainer(max_epochs=1, callbacks=[GradientClipping(), NaNGuard()]).fit(module, data)
+        callbacks = [GradientClipping(), NaNGuard()]
+        result = Trainer(max_epochs=1, accumulate=arguments.accumulate, callbacks=callbacks).fit(module, data)
         mx.eval(module.model.parameters())
         rounds.append(time.perf_counter() - start)
     computed = result.counts["positions"] / result.counts["tokens"]
@@ -120,24 +121,21 @@ def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return told | {"computed per token": computed, "last loss": result.metrics["train/loss"]}
 
 
-def peer(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`mlx_lm`'s train() on the same ids, one epoch, with as many rows per update."""
-    import mlx.core as mx
-    import mlx.optimizers as optimizers
-    from mlx_lm.tuner.trainer import TrainingArgs, train
+def peer_setup(folder: Path, arguments: argparse.Namespace) -> tuple[Any, list[Any], Any]:
+    """`mlx_lm`'s model with its adapters, the ids of the rows, and its options for one epoch of them."""
+    from mlx_lm.tuner.trainer import TrainingArgs
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
-    from mlx_trainer.benchmarking.peer import as_records, without_our_settings
+    from mlx_trainer.benchmarking.peer import without_our_settings
     from mlx_trainer.models.loading import load_tokenizer
 
     without_our_settings()
     tokenizer = load_tokenizer(folder / "base", trust_remote_code=False)
     loader = data_of(folder, arguments, tokenizer).train_loader()
     rows = [(row.ids.tolist(), 0) for row in loader.rows]
-    accumulate = max(round(len(rows) / len(loader) / PEER_BATCH), 1)
+    accumulate = max(round(arguments.accumulate * len(rows) / len(loader) / PEER_BATCH), 1)
     rows = rows[: arguments.peer_rows]
-    dataset = rows if arguments.peer_sorted else as_records(rows)
     model, _ = load_model(folder / "base")
     model.freeze()
     keys = [f"{'mlp' if name in ALL_LINEAR[4:] else 'self_attn'}.{name}" for name in TARGETS[arguments.targets]]
@@ -149,6 +147,19 @@ def peer(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         grad_accumulation_steps=accumulate,
         adapter_file=str(folder / "peer.safetensors"),
     )
+    return model, rows, options
+
+
+def peer(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`mlx_lm`'s train() on the same ids, one epoch, with as many rows per update."""
+    import mlx.core as mx
+    import mlx.optimizers as optimizers
+    from mlx_lm.tuner.trainer import train
+
+    from mlx_trainer.benchmarking.peer import as_records
+
+    model, rows, options = peer_setup(folder, arguments)
+    dataset = rows if arguments.peer_sorted else as_records(rows)
     mx.eval(model.parameters())
     rounds = []
     for _ in range(2):
@@ -156,7 +167,8 @@ def peer(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         train(model, optimizers.AdamW(2e-4), dataset, args=options)
         rounds.append(time.perf_counter() - start)
-    return figures(rounds, sum(len(ids) for ids, _ in rows), PEER_BATCH * accumulate)
+    tokens, rows_per_update = sum(len(ids) for ids, _ in rows), PEER_BATCH * options.grad_accumulation_steps
+    return figures(rounds, tokens, rows_per_update)
 
 
 def figures(rounds: list[float], tokens: int, rows_per_update: float) -> dict[str, Any]:
@@ -219,6 +231,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=8192, help="of a batch of mixed rows")
+    parser.add_argument(
+        "--accumulate", type=int, default=1, help="batches an update; mlx_lm has as many rows an update"
+    )
     parser.add_argument("--targets", choices=list(TARGETS), default="qv")
     parser.add_argument("--recompute", default="auto", help="of mlx_trainer alone")
     parser.add_argument("--bits", type=int, help="pack the base")

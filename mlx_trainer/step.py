@@ -8,10 +8,9 @@ and not a mean of means. With K = 1 the whole step is one compiled function. Wit
 which adds its gradients to a float32 sum, and a last call updates: a shape is traced once, whatever window it is in.
 """
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property, reduce
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -22,9 +21,12 @@ import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
 from mlx_trainer.failure import TrainingError, dispatched
+from mlx_trainer.fusion import spread
 from mlx_trainer.module import LossOutput, TrainerModule
 from mlx_trainer.traced import Gradients, assign, copied, from_tree, leaves, restored_on_error, shape_key, to_tree
 
+SMALLEST = 2.0**-126
+"""The smallest normal float32."""
 Sums = tuple[mx.array, mx.array, dict[str, mx.array]]
 """A `LossOutput` as a tree: total, weight, metrics."""
 Transform = Callable[..., tuple[Gradients, Mapping[str, mx.array]]]
@@ -155,8 +157,8 @@ class TrainStep:
 
     def _update(self, sums: Sequence[Sums], gradients: Gradients) -> tuple[Any, ...]:
         total, weight, metrics = add_up(sums)
-        divisor = mx.where(weight > 0, weight, 1.0)  # nothing trained: the gradient is zero, not 0/0
-        gradients = tree_map(lambda g: g / divisor, gradients)
+        divisor = mx.maximum(weight.astype(mx.float32), SMALLEST)  # nothing trained: the gradient is zero, not 0/0
+        gradients = tree_map(lambda g: g / spread(divisor, g), gradients)
         context = StepContext(total / weight, weight, gradients)
         values: dict[str, mx.array] = {}
         for transform in self.transforms:
@@ -175,7 +177,7 @@ class TrainStep:
         assign(self.arrays, {name: update(arrays[name], updated, context) for name, update in self.updates.items()})
         if not verdicts:
             return learning_rate, verdicts
-        accepted = reduce(operator.and_, verdicts.values())
+        accepted = mx.stack(list(verdicts.values())).all()
 
         def chosen(new: mx.array, old: mx.array) -> mx.array:
             return mx.where(accepted, new, old)
@@ -194,17 +196,17 @@ def as_sums(output: LossOutput) -> Sums:
 def add_up(sums: Sequence[Sums]) -> Sums:
     """The sums of all micro-batches together."""
     totals, weights, metrics = zip(*sums, strict=True)
-    return (
-        reduce(operator.add, totals),
-        reduce(operator.add, weights),
-        tree_map(lambda *m: reduce(operator.add, m), *metrics),
-    )
+    return added(*totals), added(*weights), tree_map(added, *metrics)
+
+
+def added(*arrays: mx.array) -> mx.array:
+    """The sum of arrays of one shape, as one reduction: additions are fused, into a kernel for each number of them."""
+    return mx.stack(list(arrays)).sum(axis=0) if len(arrays) > 1 else arrays[0]
 
 
 def global_norm(gradients: Gradients) -> mx.array:
     """The Euclidean norm of all gradients together, summed in float32 whatever they are stored in; a float32 scalar."""
-    squares = [mx.square(leaf.astype(mx.float32)).sum() for leaf in leaves(gradients)]
-    return mx.sqrt(reduce(operator.add, squares))
+    return mx.sqrt(added(*(mx.square(leaf.astype(mx.float32)).sum() for leaf in leaves(gradients))))
 
 
 def current_learning_rate(optimizer: optimizers.Optimizer) -> mx.array | None:

@@ -290,8 +290,26 @@ def test_the_cache_leaves_room_for_a_step(
     monkeypatch.setattr(runtime, "backend", lambda: backend)
     monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: 128_000)
     monkeypatch.setattr(mx, "set_cache_limit", bounds.append)
-    runtime.bound_cache(needed)
+    monkeypatch.setattr(mx, "set_memory_limit", lambda bytes: None)
+    runtime.bound_memory(needed)
     assert bounds == [bound]
+
+
+@pytest.mark.parametrize(
+    ("backend", "kept", "limits"),
+    [("cuda", 20_000, [20_000]), ("cuda", 0, [95_000]), ("metal", 20_000, []), ("cpu", 20_000, [])],
+)
+def test_queued_work_waits_on_cuda_alone(
+    monkeypatch: pytest.MonkeyPatch, backend: str, kept: int, limits: list[int]
+) -> None:
+    """While more is held than a step keeps; where that is not known, while the card is full."""
+    told: list[int] = []
+    monkeypatch.setattr(runtime, "backend", lambda: backend)
+    monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: 100_000)
+    monkeypatch.setattr(mx, "set_cache_limit", lambda bytes: None)
+    monkeypatch.setattr(mx, "set_memory_limit", told.append)
+    runtime.bound_memory(30_000, kept)
+    assert told == limits
 
 
 def test_names() -> None:

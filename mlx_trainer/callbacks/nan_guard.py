@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_trainer.callback import Callback, Gradients
+from mlx_trainer.fusion import all_finite
 from mlx_trainer.interval import StepRecord
 from mlx_trainer.module import TrainerModule
 from mlx_trainer.step import StepContext
@@ -39,7 +40,7 @@ class NaNGuard(Callback):
 
     def accept_update(self, loss: mx.array, gradients: Gradients, context: StepContext) -> mx.array:
         """Whether loss and gradient norm, before any transform, are finite."""
-        return mx.isfinite(loss) & mx.isfinite(context.grad_norm)
+        return all_finite(loss, context.grad_norm)
 
     def on_log(self, trainer: Trainer, module: TrainerModule, step: int, metrics: dict[str, float]) -> None:
         """Tell of the steps that were skipped since the last log."""

@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_trainer import runtime
-from mlx_trainer.models.exponential import LOG2_E, on_its_own, power_of_half
+from mlx_trainer.fusion import on_its_own
+from mlx_trainer.models.exponential import LOG2_E, power_of_half
 
 KEPT_SCORES = 1 << 23
 """More scores than these, 32 MB, are not kept: a layer keeps as many as a batch has rows · heads · length²."""

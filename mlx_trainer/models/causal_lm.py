@@ -93,7 +93,7 @@ class CausalLMModule(TrainerModule):
         self._model: nn.Module | None = None
         self._commit: str | None = None
         self._told: set[Policy] = set()
-        self._needed = 0
+        self._needed = self._held = self._kept = 0
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]
@@ -136,7 +136,8 @@ class CausalLMModule(TrainerModule):
 
     def setup(self, stage: str) -> None:
         """Load the model where that has not happened; dropout is on for "fit" alone."""
-        runtime.bound_cache()
+        runtime.bound_memory()
+        self._needed = self._held = self._kept = 0
         self.model.train(stage == "fit")
 
     def load_model(self) -> nn.Module:
@@ -193,7 +194,9 @@ class CausalLMModule(TrainerModule):
             log.warning("More memory than there is: use smaller batches, shorter rows, or a 4-bit model.")
         self._told.add(chosen.policy)
         self._needed = max(self._needed, chosen.peak)
-        runtime.bound_cache(self._needed)
+        self._held = self._held or mx.get_active_memory()  # before the first step, so nothing is in flight
+        self._kept = max(self._kept, chosen.kept)
+        runtime.bound_memory(self._needed, self._held + self._kept)
         return chosen.policy
 
     def check_batch(self, batch: Any) -> None:

@@ -11,6 +11,7 @@ where a polynomial gives 2^24 · 2^-f, a number in [2^23, 2^24], to the nearest 
 import mlx.core as mx
 
 from mlx_trainer import runtime
+from mlx_trainer.fusion import on_its_own
 
 LOG2_E = 1.4426950408889634
 NOTHING = 64
@@ -52,8 +53,3 @@ def power_of_half(t: mx.array) -> mx.array:
     bits = mantissa.astype(mx.int32) + mx.left_shift(125 - whole, 23)
     some = mx.right_shift(whole - NOTHING, 31)  # all bits where t < 64, else none
     return mx.bitwise_and(bits, some).view(mx.float32)
-
-
-def on_its_own(x: mx.array) -> mx.array:
-    """Return x, float32, such that `mx.compile` makes no loop of it and what follows; nothing is copied."""
-    return x.view(mx.int32).view(mx.float32)

@@ -7,7 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_trainer.models.loss import IGNORED, cross_entropy, total
+from mlx_trainer.fusion import cast, spread
+from mlx_trainer.models.loss import cross_entropy
 from mlx_trainer.module import LossOutput
 
 LOGITS_AT_ONCE = 1 << 25
@@ -24,41 +25,41 @@ def head_of(model: Any) -> tuple[Head, nn.Module]:
 
 
 def head_loss(model: Any, states: mx.array, batch: Any, vocabulary: int) -> LossOutput:
-    """The summed cross-entropy of `batch.targets` (predictions,), as predicted by the `states` (predictions, hidden).
+    """The summed cross-entropy of `batch.targets` by the `states` (predictions, hidden), by `batch.weights`.
 
     In eval mode `token_accuracy` is counted too.
     """
-    losses = head_losses(model, states, batch.targets, vocabulary)
-    counted, metrics = batch.targets != IGNORED, {}
+    losses, metrics = head_losses(model, states, batch, vocabulary), {}
     if not model.training:
         head, parts = head_of(model)[0], parts_of(batch.targets, vocabulary)
-        right = [total(mx.argmax(head(states[part]), axis=-1) == batch.targets[part]) for part in parts]
-        metrics["token_accuracy"] = mx.stack(right).sum()
-    return LossOutput(losses.sum(), total(counted), metrics)
+        right = [mx.argmax(head(states[part]), axis=-1) == batch.targets[part] for part in parts]
+        metrics["token_accuracy"] = (mx.concatenate(right) * batch.weights).sum()
+    return LossOutput(losses.sum(), batch.weights.sum(), metrics)
 
 
-def head_losses(model: Any, states: mx.array, targets: mx.array, vocabulary: int) -> mx.array:
-    """The cross-entropy of each of `targets` (predictions,) in float32, 0 where it is `IGNORED`.
+def head_losses(model: Any, states: mx.array, batch: Any, vocabulary: int) -> mx.array:
+    """The cross-entropy of each of `batch.targets` times its weight, (predictions,), float32.
 
     With a frozen head, loss and gradient of each part are computed in one go, and only the gradient with respect to the
     states is kept, (predictions, hidden).
     """
     head, module = head_of(model)
-    counted = targets != IGNORED
-    targets = mx.where(counted, targets, 0)
-    parts = parts_of(targets, vocabulary)
+    targets, weights, parts = batch.targets, batch.weights, parts_of(batch.targets, vocabulary)
 
-    def part_losses(states: mx.array, part: slice) -> mx.array:
-        return mx.where(counted[part], cross_entropy(head(states), targets[part]), 0)
+    def losses_of(states: mx.array, part: slice) -> mx.array:
+        return cross_entropy(head(states), targets[part])
 
     frozen = not tree_flatten(module.trainable_parameters())
     if model.training and frozen:
-        return with_gradient(part_losses, parts, states)
-    return mx.concatenate([part_losses(states[part], part) for part in parts])
+        return with_gradient(losses_of, parts, weights, states)
+    losses: mx.array = mx.concatenate([losses_of(states[part], part) for part in parts]) * weights
+    return losses
 
 
-def with_gradient(part_losses: Callable[[mx.array, slice], mx.array], parts: list[slice], states: mx.array) -> mx.array:
-    """`part_losses` of all `parts`; the gradient is computed together with them and kept instead of logits.
+def with_gradient(
+    losses_of: Callable[[mx.array, slice], mx.array], parts: list[slice], weights: mx.array, states: mx.array
+) -> mx.array:
+    """`losses_of` all parts times `weights`; the gradient is computed together with them and kept instead of logits.
 
     No loss depends on another's state, so each row of the gradient is one of them times what flows back into its loss.
     """
@@ -67,15 +68,15 @@ def with_gradient(part_losses: Callable[[mx.array, slice], mx.array], parts: lis
     def losses(states: mx.array) -> tuple[mx.array, mx.array]:
         values, gradients = [], []
         for part in parts:
-            ones = [mx.ones(part.stop - part.start)]
-            (value,), (gradient,) = mx.vjp(lambda x, part=part: part_losses(x, part), [states[part]], ones)
-            values.append(value)
-            gradients.append(gradient)
-        return mx.concatenate(values), mx.concatenate(gradients)
+            value, gradient = mx.vjp(lambda x, part=part: losses_of(x, part), [states[part]], [weights[part]])
+            values += value
+            gradients += gradient
+        return mx.concatenate(values) * weights, mx.concatenate(gradients)
 
     @losses.vjp
     def losses_vjp(states: Any, cotangents: Any, outputs: Any) -> Any:
-        return (cotangents[0][:, None] * outputs[1]).astype(outputs[1].dtype)
+        _, kept = outputs
+        return cast(cast(kept, mx.float32) * spread(cotangents[0][:, None], kept), kept.dtype)
 
     value: mx.array = losses(states)[0]  # type: ignore[index]  # its stub says that it returns an object
     return value

@@ -46,9 +46,9 @@ IN_FLIGHT: Mapping[Policy, InFlight] = {
 }
 LOGITS_IN_FLIGHT = 4.0
 """The same for the head: so many times a part's logits in float32."""
-QUEUE: Mapping[runtime.Backend, float] = {"cpu": 1.0, "cuda": 2.1, "metal": 2.1}
-"""How much more is in flight than on a CPU. CUDA: from two peaks of a 7B shape on an H200 with buffers of 100 MB and
-nothing run again, less what a compiled SwiGLU kept then; no policy was measured there. Metal: a guess."""
+QUEUE: Mapping[runtime.Backend, float] = {"cpu": 1.0, "cuda": 0.5, "metal": 2.1}
+"""How much more is in flight than on a CPU. CUDA: where queued work waits (`runtime.bound_memory`), from twelve peaks
+of a 7B shape on an H200, three sizes and four policies, each then within 2 %. Metal: a guess."""
 
 
 @frozen
@@ -153,7 +153,7 @@ class BlockBytes:
             scores=0 if fused(dtype) else attention.n_heads * dtype.size * scored_cells(batch),
             attended=cells * width * dtype.size,
             gate_up=fed * dtype.size * sum(widths(linear)[1] for linear in feeding),
-            output_inputs=positions * input_bytes(dtype, *outputs),
+            output_inputs=positions * input_bytes(dtype, *outputs, made=False),
             other_inputs=positions * input_bytes(dtype, *inputs)
             + fed * sum(input_bytes(dtype, *alike) for alike in (feeding, (mlp.down_proj,))),
             adapted=one * sum(widths(linear)[1] for linear in adapters),
@@ -204,13 +204,14 @@ def seen_by_blocks(length: int, before: int) -> int:
     return sum((end - begin) * (before + end) for begin, end in pairwise([0, *ends]))
 
 
-def input_bytes(dtype: mx.Dtype, *layers: Any) -> int:
+def input_bytes(dtype: mx.Dtype, *layers: Any, made: bool = True) -> int:
     """Bytes a position of what the gradients of `layers` need of their input, and of what their adapters made of it.
 
-    That is an adapter's first product, and the output that a magnitude scales.
+    That is an adapter's first product, and the output that a magnitude scales. An input that is `made` again
+    (`project`) is not kept for an adapter, but for a weight that trains.
     """
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
-    needed = bool(adapted) or any("weight" in layer.trainable_parameters() for layer in layers)
+    needed = (bool(adapted) and not made) or any("weight" in layer.trainable_parameters() for layer in layers)
     own = sum(factors(layer)[0].shape[1] for layer in adapted)
     own += sum(widths(layer)[1] for layer in adapted if isinstance(layer, DoRALinear))
     masks = sum(dropout_of(layer) > 0 for layer in adapted) * mx.bool_.size

@@ -6,14 +6,15 @@ With y, dy and W of layer i, its adapter a, b already scaled, and x, dx (positio
     g = dy @ bᵀ     dx = Σᵢ (g @ aᵀ + dy @ W)     da = xᵀ @ g     db = lowᵀ @ dy
 
 An adapter is few FLOPs on large arrays: what it costs is how often x, y and their gradients pass through memory. The
-adapters that see the same x share its products (a's side by side), every sum but the first term of dx is made inside a
-product, and of the forward pass x and low alone are kept. With dropout an adapter sees an x of its own,
-`where(kept, x, 0)`, and a boolean for each element is kept too.
+adapters that see the same x share its products (a's side by side), and every sum but the first term of dx is made
+inside a product. Of the forward pass low is kept, and instead of x what it is made of: a norm, or SwiGLU, costs less to
+compute again than its result to keep. With dropout an adapter sees an x of its own, `where(kept, x, 0)`, and a boolean
+for each element is kept too.
 """
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import accumulate, groupby, islice
 from typing import Any
@@ -22,10 +23,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from attrs import frozen
 
+from mlx_trainer.fusion import cast, on_its_own, spread
 from mlx_trainer.models.quantized import QuantizedLinear, dequantized, dequantizing_wins, result_type
 
 DROPOUT_STEPS = 1 << 16
 """Dropout spends 16 random bits on an element: half the time of `mx.random.bernoulli`, which spends 32."""
+
+
+Make = Callable[..., mx.array]
+"""What a product's input is made by, of arrays; it trains nothing."""
 
 
 @frozen(eq=False)
@@ -41,42 +47,58 @@ class Adapter:
     kept: mx.array | None = None
 
 
-def products(x: mx.array, linears: Sequence[nn.Module], adapters: Sequence[Adapter]) -> tuple[mx.array, ...]:
-    """What each of `linears`, all frozen, makes of x (positions, in); beside the first of them are the `adapters`.
+def products(
+    inputs: Sequence[mx.array], make: Make, linears: Sequence[nn.Module], adapters: Sequence[Adapter]
+) -> tuple[mx.array, ...]:
+    """What each of `linears`, all frozen, makes of x = `make(*inputs)` (positions, in).
 
-    Gradients flow to x and the adapters, to each in its own type. But for the order of sums, and fewer roundings, the
-    numbers are those of separate layers.
+    Beside the first of them are the `adapters`.
+
+    Gradients flow to the inputs and the adapters, to each in its own type. But for the order of sums, and fewer
+    roundings, the numbers are those of separate layers. `make` trains nothing, and is run again for the gradient.
     """
     groups = sharing(adapters)
     masks = [group[0].kept for group in groups]
     ends = [list(accumulate(adapter.a.shape[1] for adapter in group))[:-1] for group in groups]
+    dtype = inputs[0].dtype
 
     def each(lows: Sequence[mx.array]) -> list[mx.array]:
         return [low for together, at in zip(lows, ends, strict=True) for low in mx.split(together, at, axis=1)]
 
+    def scaled(b: Sequence[mx.array]) -> list[mx.array]:
+        return [up * spread(mx.array(each.scale, up.dtype), up) for up, each in zip(b, adapters, strict=True)]
+
+    def typed(parts: Sequence[mx.array]) -> list[mx.array]:
+        return [cast(part, dtype) for part in parts]
+
     @mx.custom_function
-    def forward(x: mx.array, a: list[mx.array], b: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
-        lows = [dropped(x, kept) @ together for together, kept in zip(a, masks, strict=True)]
-        adapted = [with_adapter(linear, x, *parts) for linear, *parts in zip(linears, each(lows), b, strict=False)]
+    def forward(inputs: list[mx.array], a: list[mx.array], b: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+        x = make(*inputs)
+        lows = [dropped(x, kept) @ together for together, kept in zip(typed(a), masks, strict=True)]
+        pairs = zip(linears, each(lows), typed(scaled(b)), strict=False)
+        adapted = [with_adapter(linear, x, low, up) for linear, low, up in pairs]
         return adapted + [linear(x) for linear in linears[len(b) :]], lows
 
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        (x, a, b), (dys, _), (_, lows) = primals, cotangents, outputs
-        dlows = iter([dy @ up.T for dy, up in zip(dys, b, strict=False)])
+        (inputs, a, b), (dys, _), (_, lows) = primals, cotangents, outputs
+        # Without the dependency `mx.compile` would keep each x of the forward pass: it merges what is equal.
+        inputs = mx.depends(list(inputs), list(dys))
+        x = make(*inputs)
+        dlows = iter([dy @ up.T for dy, up in zip(dys, typed(scaled(b)), strict=False)])
         g = [mx.concatenate(list(islice(dlows, len(group))), axis=1) for group in groups]
-        # Without the dependency `mx.compile` would keep each dropped x of the forward pass: it merges what is equal.
         da = [dropped(mx.depends(x, dlow), kept).T @ dlow for dlow, kept in zip(g, masks, strict=True)]
         db = [low.T @ dy for low, dy in zip(each(lows), dys, strict=False)]
-        terms = [dropped(dlow @ together.T, kept) for dlow, together, kept in zip(g, a, masks, strict=True)]
+        terms = [dropped(dlow @ together.T, kept) for dlow, together, kept in zip(g, typed(a), masks, strict=True)]
         dx: Any = reduce(operator.add, terms) if terms else None
         for linear, dy in zip(linears, dys, strict=True):
             dx = back_through(linear, dx, dy, x)
-        return dx.astype(x.dtype), da, db
+        da, db = ([cast(d, p.dtype) for d, p in zip(ds, ps, strict=True)] for ds, ps in ((da, a), (db, b)))
+        db = [on_its_own(d) for d in scaled(db)]  # else fused with what the step does to it
+        return mx.vjp(make, inputs, [dx.astype(dtype)])[1], da, db
 
-    a = [mx.concatenate([adapter.a for adapter in group], axis=1).astype(x.dtype) for group in groups]
-    b = [(adapter.scale * adapter.b).astype(x.dtype) for adapter in adapters]
-    outputs: Any = forward(x, a, b)
+    a = [mx.concatenate([adapter.a for adapter in group], axis=1) for group in groups]
+    outputs: Any = forward(list(inputs), a, [adapter.b for adapter in adapters])
     return tuple(outputs[0])
 
 
@@ -116,4 +138,4 @@ def kept(shape: Sequence[int], dropout: float, key: mx.array) -> tuple[mx.array,
     size = math.prod(shape)
     words = mx.random.split(key, -(-size // 4))  # rows of two uint32: MLX's random bits as they are
     bits = words.view(mx.uint16).reshape(-1)[:size].reshape(*shape)
-    return bits >= threshold, 1 - threshold / DROPOUT_STEPS
+    return bits >= spread(mx.array(threshold, mx.uint16), bits), 1 - threshold / DROPOUT_STEPS

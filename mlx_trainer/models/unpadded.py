@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_trainer.models.attention import causal_attention, fused
 from mlx_trainer.models.exponential import sigmoid
@@ -39,13 +41,20 @@ def hidden_states(model: Any, batch: Any, policy: Policy = "none") -> mx.array:
     gradient runs again.
     """
     to_rows, to_positions = rearrangements(batch)
-    h = model.model.embed_tokens(batch.input_ids)
+    h = embedded(model.model.embed_tokens, batch.input_ids)
     *earlier, last = model.model.layers
     for layer in earlier:
         h = block(layer, h, to_rows, to_positions, policy)
     h = block(last, h, to_rows, to_positions, policy, lambda h: take_once(h, batch.predicting, batch.predictions))
     states: mx.array = model.model.norm(h)
     return states
+
+
+def embedded(layer: Any, ids: mx.array) -> mx.array:
+    """The embeddings of `ids` (positions,); of a frozen layer they are gathered as all else is, by one kernel."""
+    frozen = type(layer) is nn.Embedding and not layer.trainable_parameters()
+    h: mx.array = take_rows(layer.weight, ids) if frozen else layer(ids)
+    return h
 
 
 def block(
@@ -79,7 +88,7 @@ def attention(
 
     def projected(h: mx.array) -> tuple[mx.array, ...]:
         """Queries, keys and values of the prefixes, if there are any, and of the rows."""
-        inputs = project(norm(h), layer.q_proj, layer.k_proj, layer.v_proj, keys=dropout[:3])
+        inputs = project_normed(norm, h, layer.q_proj, layer.k_proj, layer.v_proj, keys=dropout[:3])
         return tuple(part for parts in zip(*map(to_rows, inputs), strict=True) for part in parts)
 
     def attended(*parts: mx.array) -> tuple[mx.array, ...]:
@@ -126,11 +135,10 @@ def feed_forward(mlp: Any, norm: Any, h: mx.array, dropout: Keys, policy: Policy
     cheap = run_again if policy == "selective" else run_once
 
     def projected(h: mx.array) -> tuple[mx.array, ...]:
-        return project(norm(h), mlp.gate_proj, mlp.up_proj, keys=dropout[:2])
+        return project_normed(norm, h, mlp.gate_proj, mlp.up_proj, keys=dropout[:2])
 
     def out(gate: mx.array, up: mx.array) -> mx.array:
-        gated: mx.array = swiglu(gate, up)  # type: ignore[assignment]  # its stub says that it returns an object
-        (out,) = project(gated, mlp.down_proj, keys=dropout[2:])
+        (out,) = project((gate, up), mlp.down_proj, keys=dropout[2:], make=swiglu)  # type: ignore[arg-type]  # its stub says object
         return out
 
     def whole(h: mx.array) -> mx.array:
@@ -139,6 +147,13 @@ def feed_forward(mlp: Any, norm: Any, h: mx.array, dropout: Keys, policy: Policy
 
     result: mx.array = (run_again if policy == "mlp" else run_once)(whole, norm, mlp)(h)
     return result
+
+
+def project_normed(norm: Any, h: mx.array, *layers: Any, keys: Keys) -> tuple[mx.array, ...]:
+    """`project(norm(h), *layers)`, which keeps h alone, as all blocks do, where `norm` is frozen."""
+    if tree_flatten(norm.trainable_parameters()):
+        return project(norm(h), *layers, keys=keys)
+    return project(h, *layers, keys=keys, make=norm)
 
 
 @mx.custom_function

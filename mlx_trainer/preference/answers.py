@@ -38,13 +38,13 @@ def unpadded_answers(model: Any, states: mx.array, batch: Any, vocabulary: int) 
 
     The logits of all predictions never exist at once, neither here nor for the gradient.
     """
-    losses = head_losses(model, states, batch.targets, vocabulary)
+    losses = head_losses(model, states, batch, vocabulary)
     rows, length = batch.grid.shape
     shared = batch.groups * batch.prefix
     # No token of a prefix predicts a trained one, so each that predicts has a cell, which tells its row.
     row = batch.cells[mx.maximum(batch.predicting - shared, 0)] // length
     # Summed as rows of a matrix, alike every time; a scatter would add in any order on a GPU.
-    own = (row[None] == mx.arange(rows)[:, None]) & (batch.targets != IGNORED)[None]
+    own = (row[None] == mx.arange(rows)[:, None]) & (batch.weights != 0)[None]
     return Answers(mx.where(own, -losses[None], 0).sum(axis=1), own.astype(mx.float32).sum(axis=1))
 
 

@@ -23,6 +23,6 @@ def alone(batch: Batch | UnpaddedBatch, rows: Sequence[TokenRow], number: int) -
         return evolve(batch, labels=labels)
     ends = np.cumsum([0, *(row.trained_tokens for row in rows)])  # the predictions stand in the order of the rows
     own = slice(ends[first], ends[first + each])
-    targets = np.full_like(batch.targets, IGNORED)
-    targets[own] = batch.targets[own]
-    return evolve(batch, targets=targets)
+    weights = np.zeros_like(batch.weights)
+    weights[own] = batch.weights[own]
+    return evolve(batch, weights=weights)

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 from attrs import frozen
 
-from mlx_trainer.data.batches.padded import IGNORED, BatchMetadata
+from mlx_trainer.data.batches.padded import BatchMetadata
 from mlx_trainer.data.batches.shapes import Shape
-from mlx_trainer.data.encoding.tokenizer import IntArray
+from mlx_trainer.data.encoding.tokenizer import FloatArray, IntArray
 from mlx_trainer.data.samples.conversation import DataError
 from mlx_trainer.data.store.store import TokenRow
 
 
 @frozen(eq=False)
 class UnpaddedBatch:
-    """Arrays of int32; `h` below stands for the hidden states of all positions, (positions, hidden).
+    """Arrays, all but one of int32; `h` below stands for the hidden states of all positions, (positions, hidden).
 
     - `input_ids` (positions,): the `prefix` tokens of each of `groups`, the rows' own tokens, then padding.
     - `grid` (rows, length): `h[grid]` are the rows' own tokens, padded on the right; cells beyond a row's end hold the
@@ -29,7 +29,8 @@ class UnpaddedBatch:
       Padding stands in a cell beyond a row's end, which no token attends to, so that nothing that is computed for it
       reaches a loss.
     - `predicting` (predictions,): the positions that predict a trained token, then 0.
-    - `targets` (predictions,): the tokens that they predict, then `IGNORED`; the last is `IGNORED`.
+    - `targets` (predictions,): the tokens that they predict, then 0.
+    - `weights` (predictions,): 1.0 for each of these, then 0.0, float32; the last is 0.0.
     - `predictions` (positions,): where each position stands among the predictions, the last where it does not.
 
     So each gather's gradient is a gather too: what is computed for padding has no gradient.
@@ -40,6 +41,7 @@ class UnpaddedBatch:
     cells: IntArray
     predicting: IntArray
     targets: IntArray
+    weights: FloatArray
     predictions: IntArray
     metadata: BatchMetadata
     prefix: int = 0
@@ -69,15 +71,15 @@ def collate_unpadded(rows: Sequence[TokenRow], shape: Shape, predictions: int, *
         begin += length
     trained = np.concatenate([*places, np.empty(0, np.int32)])
     room = predictions if len(trained) < predictions else shape.tokens + 1
-    predicting, targets = np.zeros(room, np.int32), np.full(room, IGNORED, np.int32)
+    predicting, targets, weights = np.zeros(room, np.int32), np.zeros(room, np.int32), np.zeros(room, np.float32)
     predicting[: len(trained)] = trained - 1
     targets[: len(trained)] = input_ids[trained]
+    weights[: len(trained)] = 1
     inverse = np.full(shape.tokens, room - 1, np.int32)
     inverse[trained - 1] = np.arange(len(trained))
     metadata = BatchMetadata.of(rows, shape.tokens, shared=shape.shared_tokens(len(rows)))
-    return UnpaddedBatch(
-        input_ids, grid, cells, predicting, targets, inverse, metadata, prefix=shape.prefix, groups=shape.groups
-    )
+    arrays = input_ids, grid, cells, predicting, targets, weights, inverse
+    return UnpaddedBatch(*arrays, metadata, prefix=shape.prefix, groups=shape.groups)
 
 
 def prefixes_of(rows: Sequence[TokenRow], shape: Shape) -> list[IntArray]:

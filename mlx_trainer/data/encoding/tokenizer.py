@@ -14,6 +14,7 @@ from mlx_trainer.data.samples.conversation import DataError
 
 IntArray = NDArray[np.int32]
 BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float32]
 
 
 class ChatTokenizer(Protocol):

@@ -9,26 +9,37 @@ from mlx.utils import tree_flatten
 
 from mlx_trainer.models.lora.adalora import AdaLoRALinear
 from mlx_trainer.models.lora.layers import DoRALinear, LoRALinear, base_of, dropout_of, factors
-from mlx_trainer.models.products import Adapter, kept, products
+from mlx_trainer.models.products import Adapter, Make, kept, products
 from mlx_trainer.models.quantized import QuantizedLinear
 
 ADAPTED = (LoRALinear, DoRALinear, AdaLoRALinear)
 
 
-def project(x: mx.array, *layers: nn.Module, keys: Sequence[mx.array | None] | None = None) -> tuple[mx.array, ...]:
-    """What each of `layers`, adapted or not, makes of the same `x` (positions, in).
+def project(
+    x: mx.array | Sequence[mx.array],
+    *layers: nn.Module,
+    keys: Sequence[mx.array | None] | None = None,
+    make: Make = lambda x: x,
+) -> tuple[mx.array, ...]:
+    """What each of `layers`, adapted or not, makes of the same `make(x)` (positions, in), or `make(*x)`.
 
     Frozen linear layers, and `LoRALinear`s and `DoRALinear`s on them, are computed together (`products.py`), any other
     on its own. With the `keys` of `dropout_keys`, dropout is the same each time; without, the keys are drawn here.
+    `make` costs little and trains nothing: those computed together run it again for the gradient, and keep x instead of
+    its result.
     """
+    inputs = [x] if isinstance(x, mx.array) else list(x)
     together = [i for i, layer in enumerate(layers) if shares_input(layer)]
+    if len(together) < len(layers):
+        inputs, make = [make(*inputs)], lambda x: x
     if not together:
-        return tuple(layer(x) for layer in layers)
+        return tuple(layer(*inputs) for layer in layers)
     keys = dropout_keys(*layers) if keys is None else keys
     together.sort(key=lambda i: type(layers[i]) not in ADAPTED)  # the adapted ones first
-    adapters = [adapter_of(layers[i], keys[i], x) for i in together if type(layers[i]) in ADAPTED]
-    shared = dict(zip(together, products(x, [base_of(layers[i]) for i in together], adapters), strict=True))
-    return tuple(rescaled(layer, shared[i]) if i in shared else layer(x) for i, layer in enumerate(layers))
+    adapters = [adapter_of(layers[i], keys[i], inputs[0]) for i in together if type(layers[i]) in ADAPTED]
+    computed = products(inputs, make, [base_of(layers[i]) for i in together], adapters)
+    shared = dict(zip(together, computed, strict=True))
+    return tuple(rescaled(layer, shared[i]) if i in shared else layer(*inputs) for i, layer in enumerate(layers))
 
 
 def dropout_keys(*layers: nn.Module) -> tuple[mx.array | None, ...]:

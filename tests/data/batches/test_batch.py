@@ -66,14 +66,16 @@ def test_unpadded(drawn: tuple[list[TokenRow], Shape], predictions: int) -> None
     beyond |= set(range(len(rows) * shape.length, flat.size))
     assert set(batch.cells[tokens:].tolist()) <= beyond
     pairs = [(int(row.ids[k - 1]), int(row.ids[k])) for row in rows for k in np.flatnonzero(row.trained)]
-    real = batch.targets != IGNORED
+    real = batch.weights != 0
     told = zip(batch.input_ids[batch.predicting[real]].tolist(), batch.targets[real].tolist(), strict=True)
     assert list(told) == pairs
     assert len(batch.targets) == (predictions if len(pairs) < predictions <= shape.tokens else shape.tokens + 1)
     assert batch.predictions[batch.predicting[real]].tolist() == np.flatnonzero(real).tolist()
     others = np.delete(batch.predictions, batch.predicting[real])
     assert (others == len(batch.targets) - 1).all()
-    assert batch.targets[-1] == IGNORED
+    assert set(batch.weights[real]) <= {1.0}
+    assert batch.weights[-1] == 0
+    assert not batch.targets[~real].any()
     assert batch.metadata.positions == shape.tokens
 
 
