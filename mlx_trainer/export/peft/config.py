@@ -147,14 +147,23 @@ def block_of(layer: str) -> tuple[str | None, int | None]:
 def describe(layers: Collection[str], known: Collection[str] | None) -> dict[str, Any]:
     """Return the options that make PEFT adapt exactly `layers`, the shortest that do.
 
-    `known` are the names of all layers of the base; without them only `layers` are, so their blocks are always listed.
+    `known` are the names of all layers of the base. Without them each block that is seen may have all layers that are
+    seen, and there may be more blocks, so those adapted are always listed.
     """
-    universe = set(layers) | set(known or ())
+    universe = set(layers) | set(alike(layers) if known is None else known)
     for options in candidates(layers, listed=known is None):
         numbers = options["layers_to_transform"]
         if {layer for layer in universe if targeted(layer, options["target_modules"], numbers)} == set(layers):
             return options
     raise AssertionError("whole names always fit")
+
+
+def alike(layers: Collection[str]) -> Iterator[str]:
+    """Yield the names of `layers` in each block that one of them is in."""
+    numbers = {number for _, number in map(block_of, layers) if number is not None}
+    for layer in layers:
+        name, own = block_of(layer)
+        yield from (layer.replace(f"{name}.{own}.", f"{name}.{number}.", 1) for number in numbers)
 
 
 def candidates(layers: Collection[str], *, listed: bool) -> Iterator[dict[str, Any]]:

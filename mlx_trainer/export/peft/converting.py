@@ -15,7 +15,7 @@ from mlx_trainer.export.output import fresh_folder
 from mlx_trainer.export.peft import names
 from mlx_trainer.export.peft.agreement import check_logits
 from mlx_trainer.export.peft.formula import EMBEDDINGS, check_fits, layers_of, weight_of
-from mlx_trainer.export.peft.layout import read_peft, write_peft
+from mlx_trainer.export.peft.layout import is_peft, read_peft, write_peft
 from mlx_trainer.models import source
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_config as read_settings
@@ -48,6 +48,8 @@ def to_peft(adapter: Path, output: Path, base: Base = None, *, check: bool = Tru
     `dtype` (float32), `revision` and `cache_dir`. Raises ModelError, and leaves nothing, for what PEFT's layout cannot
     carry and where the logits differ; OSError where `output` has something in it.
     """
+    if is_peft(adapter):
+        raise ModelError(f"{adapter} is a PEFT adapter already; from_peft (--to mlx) takes it the other way.")
     return convert(read_mlx(adapter), adapter, output, base, check=check, peft=True, **loading)
 
 
@@ -99,7 +101,6 @@ def base_model(
     dtype: str = "float32",
     revision: str | None = None,
     cache_dir: Base = None,
-    trust_remote_code: bool = False,
 ) -> tuple[nn.Module | None, list[str]]:
     """Return the base model, None where it is not wanted or not at hand, and what is to be said about it."""
     if not check or adapter.base is None:
@@ -110,7 +111,7 @@ def base_model(
     kind = read_settings(directory)["model_type"]
     untried = kind not in names.SAME_NAMES and not any(path.startswith("language_model.") for path in adapter.layers)
     notes = [f"Whether transformers calls the layers of {kind} models the same was not tried."] if untried else []
-    return load_model(directory, dtype=dtype, trust_remote_code=trust_remote_code), notes
+    return load_model(directory, dtype=dtype), notes
 
 
 def at_hand(name: str, cache_dir: Base) -> bool:
