@@ -1,26 +1,26 @@
-"""An adapter as what it computes, whatever its layout on disk; and mlx-lm's layout, read and written.
+"""An adapter as what it computes, whatever its layout on disk.
 
 Each layer has `y = W x + scale · (x a) b`; DoRA (https://arxiv.org/abs/2402.09353) has `m / ‖W + scale · (a b)ᵀ‖` times
 that, the norm being one of each output; a bias stays outside.
 """
 
-import json
 import math
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import mlx.core as mx
-import mlx.nn as nn
 from attrs import evolve, frozen
 
-from mlx_trainer.models.adapters import CONFIG, TENSORS, check_finite, layer_keys
+from mlx_trainer.models.adapters import check_finite
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.models.loading import open_tensors
 from mlx_trainer.monitoring import visible
 
 LEAVES = ("lora_a", "lora_b", "m")
+Value = TypeVar("Value")
 
 
 @frozen
@@ -56,26 +56,6 @@ class Adapter:
         return any(layer.m is not None for layer in self.layers.values())
 
 
-def read_mlx(directory: Path) -> Adapter:
-    """Return the adapter in `directory`, as mlx-lm or a training here wrote it; raises ModelError, naming the file."""
-    path = directory / CONFIG
-    config = read_json(path)
-    try:
-        kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters", {})
-        if kind == "full":
-            raise ModelError(
-                f"{directory} holds all weights of a model, not an adapter: it is a model to be saved whole."
-            )
-        scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} is not the configuration of an mlx-lm adapter: {error!s:.200}.") from error
-    if scale == 0 or not math.isfinite(scale) or kind not in ("lora", "dora"):
-        raise ModelError(f"{path} has scale {scale} and fine_tune_type {kind!r}; wanted: not 0, and lora or dora.")
-    factors = grouped(tensors_of(directory / TENSORS), directory / TENSORS)
-    layers = {name: low_rank(name, parts, scale, dora=kind == "dora") for name, parts in factors.items()}
-    return Adapter(layers, config.get("model"), dropout, bool(parameters.get("use_rslora", False)))
-
-
 def tensors_of(path: Path) -> dict[str, mx.array]:
     """Return the tensors of `path` in float32 and in memory; raises ModelError for any but finite floats."""
     if not path.is_file():
@@ -87,21 +67,6 @@ def tensors_of(path: Path) -> dict[str, mx.array]:
     whole = {name: value.astype(mx.float32) for name, value in tensors.items()}
     mx.eval(whole)  # mx.load is lazy: read now, before the file may change
     return whole
-
-
-def grouped(tensors: Mapping[str, mx.array], path: Path) -> dict[str, dict[str, mx.array]]:
-    """Return `tensors` by layer and leaf; raises ModelError for one that is no part of an adapter."""
-    layers: dict[str, dict[str, mx.array]] = {}
-    for name, value in sorted(tensors.items()):
-        layer, _, leaf = name.rpartition(".")
-        if leaf not in LEAVES or not layer:
-            raise ModelError(
-                f"{path}: {visible(name):.200} belongs to no adapter; its tensors end in {', '.join(LEAVES)}."
-            )
-        layers.setdefault(layer, {})[leaf] = value
-    if not layers:
-        raise ModelError(f"{path} has no tensors.")
-    return layers
 
 
 def low_rank(name: str, parts: Mapping[str, mx.array], scale: float, *, dora: bool) -> LowRank:
@@ -128,39 +93,22 @@ def trimmed(layer: LowRank) -> LowRank:
     return evolve(layer, a=layer.a[:, :rank], b=layer.b[:rank])
 
 
-def write_mlx(adapter: Adapter, directory: Path, model: nn.Module | None = None) -> None:
-    """Write `adapter` into an existing `directory` as mlx-lm reads it; with the base `model`, keys are short.
+def alpha_of(layer: LowRank, *, rslora: bool) -> float:
+    """Return alpha = scale · rank, with rsLoRA (https://arxiv.org/abs/2312.03732) scale · √rank; whole where it was."""
+    alpha = layer.scale * (math.sqrt(layer.rank) if rslora else layer.rank)
+    return float(round(alpha)) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
-    mlx-lm has one rank and one scale for all layers: smaller ranks are padded with zeros, other scales go into lora_b.
+
+def most(values: Iterable[Value]) -> Value:
+    """Return the most frequent of `values`, the first of several."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def block_of(path: str) -> tuple[str | None, int | None]:
+    """Return what the list of blocks is called that a layer is in, and which of them it is; None outside of them.
+
+    >>> block_of("model.layers.3.self_attn.q_proj"), block_of("lm_head")
+    (('layers', 3), (None, None))
     """
-    layers, rank = adapter.layers, max(layer.rank for layer in adapter.layers.values())
-    scale = next(iter(layers.values())).scale
-    tensors = {}
-    for path, layer in layers.items():
-        more = rank - layer.rank
-        tensors[f"{path}.lora_a"] = mx.pad(layer.a, [(0, 0), (0, more)])
-        tensors[f"{path}.lora_b"] = mx.pad(layer.b * (layer.scale / scale), [(0, more), (0, 0)])
-        if layer.m is not None:
-            tensors[f"{path}.m"] = layer.m
-    with (directory / TENSORS).open("wb") as file:
-        mx.save_safetensors(file, tensors, metadata={"format": "mlx"})
-    parameters = {
-        "rank": rank,
-        "scale": scale,
-        "dropout": adapter.dropout,
-        "keys": sorted(layers) if model is None else layer_keys(model, sorted(layers)),
-        "alpha": scale * rank,
-    }
-    config: dict[str, Any] = {} if adapter.base is None else {"model": adapter.base}
-    config |= {
-        "fine_tune_type": "dora" if adapter.use_dora else "lora",
-        "num_layers": blocks_of(adapter) if model is None else len(model.layers),
-        "lora_parameters": parameters,
-    }
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def blocks_of(adapter: Adapter) -> int:
-    """Return how many blocks the base has at least, from the numbers in the layers' paths."""
-    numbers = [int(part) for path in adapter.layers for part in path.split(".") if part.isdecimal()]
-    return max(numbers, default=0) + 1
+    found = re.match(r"(?:.*?\.)?(\w+)\.(\d+)\.", path)
+    return (found[1], int(found[2])) if found else (None, None)

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from attrs import fields
 from mlx.utils import tree_flatten
 
 from mlx_trainer.build import lora_of
@@ -119,6 +120,33 @@ def test_an_adapter_trained_here_gives_the_same_logits_there(tmp_path: Path, bas
     ours, there = logits_of(module, IDS), opened_there(base, tmp_path / "peft")
     assert apart(ours, torch_logits(there)) <= TOLERANCE
     assert apart(ours, torch_logits(there.merge_and_unload())) <= TOLERANCE
+    assert apart(ours, logits_of(load_model(base, dtype="float32"), IDS)) > 100 * TOLERANCE
+
+
+FAMILY: dict[str, dict[str, Any]] = {
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa", "dropout": 0.0},
+    "OLoRA": {"init_lora_weights": "olora", "dropout": 0.0},
+    "ranks and alphas": {"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"up_proj": 3}},
+}
+
+
+@pytest.mark.parametrize("member", FAMILY)
+@pytest.mark.parametrize("targets", [ATTENTION, [*ALL, "lm_head"]])
+def test_each_member_of_the_family_gives_the_same_logits_there(
+    tmp_path: Path, base: Path, member: str, targets: list[str]
+) -> None:
+    """Trained here, saved here, exported, opened there."""
+    known = {field.name for field in fields(LoRAConfig)}
+    if not set(FAMILY[member]) <= known:
+        pytest.skip(f"LoRAConfig does not have {', '.join(set(FAMILY[member]) - known)} yet")
+    options = {name: value for name, value in FAMILY[member].items() if name != "alpha_pattern" or targets != ATTENTION}
+    module = trained_here(base, LoRAConfig(rank=4, alpha=6.0, target_modules=targets, **options))
+    module.save(tmp_path / "adapter")
+    to_peft(tmp_path / "adapter", tmp_path / "peft")
+    ours = logits_of(module, IDS)
+    assert apart(ours, torch_logits(opened_there(base, tmp_path / "peft"))) <= TOLERANCE
     assert apart(ours, logits_of(load_model(base, dtype="float32"), IDS)) > 100 * TOLERANCE
 
 

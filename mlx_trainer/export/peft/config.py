@@ -8,6 +8,7 @@ from typing import Any
 
 from attrs import frozen
 
+from mlx_trainer.export.low_rank import block_of
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.monitoring import visible
@@ -132,16 +133,6 @@ def targeted(layer: str, targets: Sequence[Any], numbers: Sequence[Any] | None =
         return True
     named = any(layer.endswith(f".{target}") for target in targets)
     return named and (numbers is None or block_of(layer)[1] in numbers)
-
-
-def block_of(layer: str) -> tuple[str | None, int | None]:
-    """Return what the list of blocks is called that `layer` is in, and which of them it is; None outside of them.
-
-    >>> block_of("model.layers.3.self_attn.q_proj"), block_of("lm_head")
-    (('layers', 3), (None, None))
-    """
-    found = re.match(r"(?:.*?\.)?(\w+)\.(\d+)\.", layer)
-    return (found[1], int(found[2])) if found else (None, None)
 
 
 def describe(layers: Collection[str], known: Collection[str] | None) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import mlx.nn as nn
 from attrs import evolve, frozen
 
 from mlx_trainer.export.checking import Difference, share
-from mlx_trainer.export.low_rank import Adapter, read_mlx, write_mlx
+from mlx_trainer.export.low_rank import Adapter
+from mlx_trainer.export.mlx_layout import read_mlx, write_mlx
 from mlx_trainer.export.output import fresh_folder
 from mlx_trainer.export.peft import names
 from mlx_trainer.export.peft.agreement import check_logits
@@ -87,7 +88,7 @@ def convert(
         if peft:
             write_peft(adapter, new, layers)
         else:
-            write_mlx(adapter, new, model)
+            write_mlx(adapter, new, layers)
         sides = (directory, new) if peft else (new, directory)
         found = None if model is None else check_logits(model, adapter, *sides, exported=peft)
     return Converted(output, "PEFT" if peft else "mlx-lm", len(adapter.layers), found, tuple(notes))

@@ -1,16 +1,14 @@
 """PEFT's two files: `lora_A.weight` (rank, in) is `a` transposed, `lora_B.weight` (out, rank) is `b` transposed."""
 
 import json
-import math
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_trainer.export.low_rank import Adapter, LowRank, low_rank, tensors_of, trimmed
+from mlx_trainer.export.low_rank import Adapter, LowRank, alpha_of, low_rank, most, tensors_of, trimmed
 from mlx_trainer.export.peft import names
 from mlx_trainer.export.peft.config import CONFIG, PeftConfig, check_targeted, describe, read_config
 from mlx_trainer.models.error import ModelError
@@ -97,7 +95,7 @@ def write_peft(adapter: Adapter, directory: Path, known: Collection[str] | None 
     """
     layers = {names.to_transformers(path): trimmed(layer) for path, layer in adapter.layers.items()}
     others = None if known is None else {named for path in known if (named := name_or_none(path)) is not None}
-    alphas = {path: whole_alpha(layer, rslora=adapter.use_rslora) for path, layer in layers.items()}
+    alphas = {path: max(1, round(alpha_of(layer, rslora=adapter.use_rslora))) for path, layer in layers.items()}
     tensors: dict[str, mx.array] = {}
     for path, layer in layers.items():
         dora_embedding = layer.m is not None and path.rpartition(".")[2] in EMBEDDINGS
@@ -105,7 +103,7 @@ def write_peft(adapter: Adapter, directory: Path, known: Collection[str] | None 
             raise ModelError(
                 f"{path} has DoRA on an embedding, of which PEFT computes another norm; it cannot be carried."
             )
-        rest = layer.scale / scale_of(alphas[path], layer.rank, rslora=adapter.use_rslora)
+        rest = alpha_of(layer, rslora=adapter.use_rslora) / alphas[path]
         tensors |= {f"{PREFIX}{path}.{leaf}": value for leaf, value in peft_tensors(path, layer, rest).items()}
     with (directory / TENSORS).open("wb") as file:
         mx.save_safetensors(file, tensors, metadata={"format": "pt"})
@@ -131,20 +129,10 @@ def peft_tensors(path: str, layer: LowRank, rest: float) -> dict[str, mx.array]:
     return {"lora_A.weight": a, "lora_B.weight": b, **magnitude}
 
 
-def scale_of(alpha: float, rank: int, *, rslora: bool) -> float:
-    """Return what PEFT multiplies with."""
-    return alpha / (math.sqrt(rank) if rslora else rank)
-
-
-def whole_alpha(layer: LowRank, *, rslora: bool) -> int:
-    """Return the whole number nearest to the layer's alpha, at least 1."""
-    return max(1, round(layer.scale * (math.sqrt(layer.rank) if rslora else layer.rank)))
-
-
 def peft_config(adapter: Adapter, layers: Mapping[str, LowRank], alphas: Mapping[str, int]) -> dict[str, Any]:
     """Return the configuration but for the targets; patterns name the layers that are not as most are."""
-    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    rank = most(layer.rank for layer in layers.values())
+    alpha = most(alphas.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -1,0 +1,119 @@
+"""mlx-lm's layout of an adapter, read and written without its base model."""
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_trainer.export.low_rank import LEAVES, Adapter, LowRank, alpha_of, block_of, low_rank, most, tensors_of
+from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.hf_config import read_json
+from mlx_trainer.monitoring import visible
+
+TENSORS = "adapters.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def read_mlx(directory: Path) -> Adapter:
+    """Return the adapter in `directory`, as mlx-lm or a training here wrote it; raises ModelError, naming the file."""
+    path = directory / CONFIG
+    config = read_json(path)
+    try:
+        kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters", {})
+        if kind == "full":
+            raise ModelError(
+                f"{directory} holds all weights of a model, not an adapter: it is a model to be saved whole."
+            )
+        scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
+        rslora = bool(config.get("lora", {}).get("use_rslora", False))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is not the configuration of an mlx-lm adapter: {error!s:.200}.") from error
+    if scale == 0 or not math.isfinite(scale) or kind not in ("lora", "dora"):
+        raise ModelError(f"{path} has scale {scale} and fine_tune_type {kind!r}; wanted: not 0, and lora or dora.")
+    factors = grouped(tensors_of(directory / TENSORS), directory / TENSORS)
+    layers = {name: low_rank(name, parts, scale, dora=kind == "dora") for name, parts in factors.items()}
+    return Adapter(layers, config.get("model"), dropout, rslora)
+
+
+def grouped(tensors: Mapping[str, mx.array], path: Path) -> dict[str, dict[str, mx.array]]:
+    """Return `tensors` by layer and leaf; raises ModelError for one that is no part of an adapter."""
+    layers: dict[str, dict[str, mx.array]] = {}
+    for name, value in sorted(tensors.items()):
+        layer, _, leaf = name.rpartition(".")
+        if leaf not in LEAVES or not layer:
+            raise ModelError(
+                f"{path}: {visible(name):.200} belongs to no adapter; its tensors end in {', '.join(LEAVES)}."
+            )
+        layers.setdefault(layer, {})[leaf] = value
+    if not layers:
+        raise ModelError(f"{path} has no tensors.")
+    return layers
+
+
+def write_mlx(adapter: Adapter, directory: Path, known: Collection[str] | None = None) -> None:
+    """Write `adapter` into an existing `directory` as mlx-lm reads it; `known` are the paths of all layers of the base.
+
+    mlx-lm has one rank and one scale for all layers: smaller ranks are padded with zeros, other scales go into lora_b.
+    The ranks and scales themselves stand beside them under "lora", from where a training here takes them.
+    """
+    layers, dropout = adapter.layers, adapter.dropout
+    rank, scale = max(layer.rank for layer in layers.values()), most(layer.scale for layer in layers.values())
+    with (directory / TENSORS).open("wb") as file:
+        mx.save_safetensors(file, mlx_tensors(layers, rank, scale), metadata={"format": "mlx"})
+    config = {
+        "fine_tune_type": "dora" if adapter.use_dora else "lora",
+        "num_layers": max((block_of(path)[1] or 0 for path in known or layers), default=0) + 1,
+        "lora_parameters": {
+            "rank": rank,
+            "scale": scale,
+            "dropout": dropout,
+            "keys": mlx_keys(layers, known),
+            "alpha": scale * rank,
+        },
+        "lora": description(adapter),
+    }
+    named = {} if adapter.base is None else {"model": adapter.base}
+    (directory / CONFIG).write_text(json.dumps(named | config, indent=2) + "\n", encoding="utf-8")
+
+
+def mlx_tensors(layers: Mapping[str, LowRank], rank: int, scale: float) -> dict[str, mx.array]:
+    """Return the tensors of `layers`, by mlx-lm's names, all of one `rank` and for one `scale`."""
+    tensors = {}
+    for path, layer in layers.items():
+        more = rank - layer.rank
+        tensors[f"{path}.lora_a"] = mx.pad(layer.a, [(0, 0), (0, more)])
+        tensors[f"{path}.lora_b"] = mx.pad(layer.b * (layer.scale / scale), [(0, more), (0, 0)])
+        if layer.m is not None:
+            tensors[f"{path}.m"] = layer.m
+    return tensors
+
+
+def mlx_keys(layers: Collection[str], known: Collection[str] | None) -> list[str]:
+    """Return mlx-lm's keys for `layers`: as within a block where each has it adapted, else whole paths."""
+
+    def inside(path: str) -> str:
+        return re.sub(r"^.*?\.\d+\.", "", path)
+
+    partly = {inside(path) for path in known if path not in layers} if known is not None else None
+    return sorted({path if partly is None or inside(path) in partly else inside(path) for path in layers})
+
+
+def description(adapter: Adapter) -> dict[str, Any]:
+    """Return the options of `LoRAConfig` that give such layers."""
+    ranks = {path: layer.rank for path, layer in adapter.layers.items()}
+    alphas = {path: alpha_of(layer, rslora=adapter.use_rslora) for path, layer in adapter.layers.items()}
+    rank, alpha = most(ranks.values()), most(alphas.values())
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": adapter.dropout,
+        "target_modules": sorted(adapter.layers),
+        "use_rslora": adapter.use_rslora,
+        "use_dora": adapter.use_dora,
+        "rank_pattern": {re.escape(path): own for path, own in sorted(ranks.items()) if own != rank},
+        "alpha_pattern": {re.escape(path): own for path, own in sorted(alphas.items()) if own != alpha},
+    }
