@@ -29,6 +29,7 @@ from mlx_trainer.callbacks import (
 from mlx_trainer.config import Config, ConfigError, DataConfig, LoRAConfig, ModelConfig, unwise
 from mlx_trainer.data import DataPipeline, DataReport, render, report_on
 from mlx_trainer.evaluation import EvalMetrics
+from mlx_trainer.export.peft import in_mlx_layout
 from mlx_trainer.models import CausalLMModule, MistralLoRAModule, ModelError
 from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.monitoring import (
@@ -142,13 +143,15 @@ def build_module(config: Config) -> CausalLMModule:
 
 
 def trained_module(model: ModelConfig, adapter: str | None) -> CausalLMModule:
-    """Return `model` with the weights in the folder `adapter`, or as it stands; loaded."""
-    lora = None if adapter is None else lora_of(Path(adapter))
+    """Return `model` with the weights in the folder `adapter`, which may be PEFT's, or as it stands; loaded."""
     arguments = base_arguments(model)
     name = model.model_name
-    module = BaseModel(name, **arguments) if lora is None else CausalLMModule(name, lora=lora, **arguments)
-    if adapter is not None:
-        module.load(Path(adapter))
+    if adapter is None:
+        return BaseModel(name, **arguments)
+    with in_mlx_layout(Path(adapter)) as folder:
+        lora = lora_of(folder)
+        module = BaseModel(name, **arguments) if lora is None else CausalLMModule(name, lora=lora, **arguments)
+        module.load(folder)
     return module
 
 

@@ -64,7 +64,7 @@ ALLOWED = {
     "optim": LEAVES,
     "callbacks": LEAVES | CORE,
     "run_folder": CORE | LEAVES | {"callbacks", "data", "models"},
-    "build": CORE | LEAVES | {"run_folder", "callbacks", "data", "models", "optim"},
+    "build": CORE | LEAVES | {"run_folder", "callbacks", "data", "export", "models", "optim"},
     "benchmarking": CORE | LEAVES | {"_blas", "build", "data", "models"},
     "replaying": CORE | LEAVES | {"build", "data", "models"},
     "commands": {"benchmarking", "build", "export", "replaying"} | CORE | LEAVES | {"data", "models"},

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from mlx_trainer.config import LoRAConfig
+from mlx_trainer.export.checking import logits_of, sample_ids
 from mlx_trainer.export.low_rank import Adapter, LowRank
 from mlx_trainer.export.mlx_layout import read_mlx, write_mlx
 from mlx_trainer.export.peft import from_peft, layout, read_peft, to_peft, write_peft
 from mlx_trainer.export.peft.config import describe
 from mlx_trainer.models import ModelError
 from tests.export.adapters import config_of, reconfigure, rewrite, tensors, write_adapter
-from tests.tiny import tiny_mistral
+from tests.tiny import VOCABULARY, tiny_mistral
 
 LORA = LoRAConfig(rank=4, alpha=8.0, dropout=0.1, target_modules=["q_proj", "v_proj"])
 FIRST = "base_model__model__model__layers__0__self_attn__q_proj"
@@ -360,6 +361,18 @@ def test_layers_that_transformers_holds_otherwise_are_refused_by_name() -> None:
     both = [to_transformers(inner), to_transformers("language_model.lm_head")]
     assert to_mlx(both) == {both[0]: inner, "lm_head": "language_model.lm_head"}
     assert to_mlx(["lm_head"]) == {"lm_head": "lm_head"}
+
+
+def test_an_adapter_of_peft_is_used_as_one_of_ours_is(base: Path, adapter: Path, exported: Path) -> None:
+    """`--adapter` takes either folder: the same logits bit for bit, which are not the base's."""
+    from mlx_trainer.build import trained_module
+    from mlx_trainer.config import ModelConfig
+
+    model = ModelConfig(model_name=str(base), dtype="float32", max_seq_length=64)
+    folders, ids = (str(adapter), str(exported), None), sample_ids(VOCABULARY)
+    ours, theirs, plain = (logits_of(trained_module(model, folder), ids) for folder in folders)
+    assert mx.array_equal(ours, theirs).item()
+    assert mx.abs(ours - plain).max().item() > 0.1
 
 
 def test_the_command_writes_and_tells(tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,10 @@
 """`to_peft` and `from_peft`: read, write beside, compare the logits of both on the base, and only then be there."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -61,6 +63,19 @@ def from_peft(adapter: Path, output: Path, base: Base = None, *, check: bool = T
     """
     found, weights = read_peft(adapter)
     return convert(found, adapter, output, base, check=check, peft=False, weights=weights, **loading)
+
+
+@contextmanager
+def in_mlx_layout(adapter: Path) -> Iterator[Path]:
+    """Give `adapter` as mlx-lm reads it: the folder itself, or of one of PEFT's a copy for the time being."""
+    if not is_peft(adapter):
+        yield adapter
+        return
+    found, weights = read_peft(adapter)
+    check_weights(weights, None, adapter)
+    with TemporaryDirectory() as folder:
+        write_mlx(found, Path(folder))
+        yield Path(folder)
 
 
 def convert(
