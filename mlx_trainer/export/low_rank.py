@@ -93,6 +93,21 @@ def trimmed(layer: LowRank) -> LowRank:
     return evolve(layer, a=layer.a[:, :rank], b=layer.b[:rank])
 
 
+def evened(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """Return `layers` with one rank, the largest, and one scale, the most frequent: the same function.
+
+    Smaller ranks are padded with zeros, and the ratio of the scales goes into `b`.
+    """
+    rank, scale = max(layer.rank for layer in layers.values()), most(layer.scale for layer in layers.values())
+
+    def even(layer: LowRank) -> LowRank:
+        a = mx.pad(layer.a, [(0, 0), (0, rank - layer.rank)])
+        b = mx.pad(layer.b * (layer.scale / scale), [(0, rank - layer.rank), (0, 0)])
+        return LowRank(a, b, scale, layer.m)
+
+    return {path: even(layer) for path, layer in layers.items()}
+
+
 def alpha_of(layer: LowRank, *, rslora: bool) -> float:
     """Return alpha = scale · rank, with rsLoRA (https://arxiv.org/abs/2312.03732) scale · √rank; whole where it was."""
     alpha = layer.scale * (math.sqrt(layer.rank) if rslora else layer.rank)

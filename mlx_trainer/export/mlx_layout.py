@@ -9,7 +9,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_trainer.export.low_rank import LEAVES, Adapter, LowRank, alpha_of, block_of, low_rank, most, tensors_of
+from mlx_trainer.export.low_rank import (
+    LEAVES,
+    Adapter,
+    LowRank,
+    alpha_of,
+    block_of,
+    evened,
+    low_rank,
+    most,
+    tensors_of,
+    trimmed,
+)
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.monitoring import visible
@@ -35,7 +46,7 @@ def read_mlx(directory: Path) -> Adapter:
     if scale == 0 or not math.isfinite(scale) or kind not in ("lora", "dora"):
         raise ModelError(f"{path} has scale {scale} and fine_tune_type {kind!r}; wanted: not 0, and lora or dora.")
     factors = grouped(tensors_of(directory / TENSORS), directory / TENSORS)
-    layers = {name: low_rank(name, parts, scale, dora=kind == "dora") for name, parts in factors.items()}
+    layers = {name: trimmed(low_rank(name, parts, scale, dora=kind == "dora")) for name, parts in factors.items()}
     return Adapter(layers, config.get("model"), dropout, rslora)
 
 
@@ -57,22 +68,22 @@ def grouped(tensors: Mapping[str, mx.array], path: Path) -> dict[str, dict[str, 
 def write_mlx(adapter: Adapter, directory: Path, known: Collection[str] | None = None) -> None:
     """Write `adapter` into an existing `directory` as mlx-lm reads it; `known` are the paths of all layers of the base.
 
-    mlx-lm has one rank and one scale for all layers: smaller ranks are padded with zeros, other scales go into lora_b.
-    The ranks and scales themselves stand beside them under "lora", from where a training here takes them.
+    mlx-lm has one rank and one scale for all layers. Those that they have stand beside them under "lora", from where a
+    training here takes them.
     """
-    layers, dropout = adapter.layers, adapter.dropout
-    rank, scale = max(layer.rank for layer in layers.values()), most(layer.scale for layer in layers.values())
+    layers = evened(adapter.layers)
+    first = next(iter(layers.values()))
     with (directory / TENSORS).open("wb") as file:
-        mx.save_safetensors(file, mlx_tensors(layers, rank, scale), metadata={"format": "mlx"})
+        mx.save_safetensors(file, mlx_tensors(layers), metadata={"format": "mlx"})
     config = {
         "fine_tune_type": "dora" if adapter.use_dora else "lora",
         "num_layers": max((block_of(path)[1] or 0 for path in known or layers), default=0) + 1,
         "lora_parameters": {
-            "rank": rank,
-            "scale": scale,
-            "dropout": dropout,
+            "rank": first.rank,
+            "scale": first.scale,
+            "dropout": adapter.dropout,
             "keys": mlx_keys(layers, known),
-            "alpha": scale * rank,
+            "alpha": first.scale * first.rank,
         },
         "lora": description(adapter),
     }
@@ -80,16 +91,10 @@ def write_mlx(adapter: Adapter, directory: Path, known: Collection[str] | None =
     (directory / CONFIG).write_text(json.dumps(named | config, indent=2) + "\n", encoding="utf-8")
 
 
-def mlx_tensors(layers: Mapping[str, LowRank], rank: int, scale: float) -> dict[str, mx.array]:
-    """Return the tensors of `layers`, by mlx-lm's names, all of one `rank` and for one `scale`."""
-    tensors = {}
-    for path, layer in layers.items():
-        more = rank - layer.rank
-        tensors[f"{path}.lora_a"] = mx.pad(layer.a, [(0, 0), (0, more)])
-        tensors[f"{path}.lora_b"] = mx.pad(layer.b * (layer.scale / scale), [(0, more), (0, 0)])
-        if layer.m is not None:
-            tensors[f"{path}.m"] = layer.m
-    return tensors
+def mlx_tensors(layers: Mapping[str, LowRank]) -> dict[str, mx.array]:
+    """Return the tensors of `layers` by mlx-lm's names."""
+    parts = {path: {"lora_a": layer.a, "lora_b": layer.b, "m": layer.m} for path, layer in layers.items()}
+    return {f"{path}.{leaf}": value for path, own in parts.items() for leaf, value in own.items() if value is not None}
 
 
 def mlx_keys(layers: Collection[str], known: Collection[str] | None) -> list[str]:

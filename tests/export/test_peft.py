@@ -170,6 +170,27 @@ def test_several_ranks_and_scales_go_both_ways(tmp_path: Path, rslora: bool) -> 
             assert np.allclose(delta(found.layers[path]), delta(layer), rtol=1e-5, atol=1e-5)
 
 
+def test_plain_says_all_in_one_rank_and_alpha(tmp_path: Path, base: Path) -> None:
+    """What only reads r and lora_alpha gets the same products; without it, that it would not is told."""
+    q, o = ("model.layers.0.self_attn." + name for name in ("q_proj", "o_proj"))
+    layers = {q: drawn(4, scale=2.0, seed=0), o: drawn(9, scale=0.7, seed=1)}
+    for folder in ("adapter", "rslora"):
+        (tmp_path / folder).mkdir()
+    write_mlx(Adapter(layers, str(base)), tmp_path / "adapter")
+    done = to_peft(tmp_path / "adapter", tmp_path / "uneven")
+    assert done.notes[0].startswith("It has rsLoRA, or ranks or alphas of single layers")
+    assert config_of(tmp_path / "uneven")["rank_pattern"] == {q: 4}
+    for rslora in (False, True):
+        write_mlx(Adapter(layers, str(base), use_rslora=rslora), tmp_path / "rslora")
+        output = tmp_path / f"plain{rslora}"
+        assert to_peft(tmp_path / "rslora", output, plain=True).notes == ()
+        config, written = config_of(output), tensors(output / "adapter_model.safetensors")
+        assert [config[name] for name in ("rank_pattern", "alpha_pattern", "use_rslora")] == [{}, {}, False]
+        for path, layer in layers.items():
+            a, b = (np.array(written[f"base_model.model.{path}.lora_{leaf}.weight"]) for leaf in "AB")
+            assert np.allclose(config["lora_alpha"] / config["r"] * (b @ a).T, delta(layer), rtol=1e-5, atol=1e-5)
+
+
 def test_both_spellings_of_the_magnitude_are_read(tmp_path: Path, base: Path) -> None:
     """PEFT has written `lora_magnitude_vector` with and without `.weight`."""
     folder = tmp_path / "peft"
@@ -390,3 +411,6 @@ def test_the_command_writes_and_tells(tmp_path: Path, adapter: Path, capsys: pyt
     assert "invalid choice: 'gguf'" in capsys.readouterr().err
     assert cli.main(["export", there, str(tmp_path / "x"), "--to", "peft"]) == 2
     assert "is a PEFT adapter already" in capsys.readouterr().err
+    assert cli.main(["export", there, str(tmp_path / "x"), "--to", "mlx", "--plain"]) == 2
+    assert "--plain is for --to peft" in capsys.readouterr().err
+    assert cli.main(["export", str(adapter), str(tmp_path / "plain"), "--to", "peft", "--plain"]) == 0

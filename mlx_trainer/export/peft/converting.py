@@ -15,7 +15,7 @@ from mlx_trainer.export.checking import Difference, share
 from mlx_trainer.export.low_rank import Adapter
 from mlx_trainer.export.mlx_layout import read_mlx, write_mlx
 from mlx_trainer.export.output import fresh_folder
-from mlx_trainer.export.peft import names
+from mlx_trainer.export.peft import layout, names
 from mlx_trainer.export.peft.agreement import check_logits
 from mlx_trainer.export.peft.formula import EMBEDDINGS, check_fits, layers_of, weight_of
 from mlx_trainer.export.peft.layout import is_peft, read_peft, write_peft
@@ -25,6 +25,12 @@ from mlx_trainer.models.hf_config import read_config as read_settings
 from mlx_trainer.models.loading import load_model
 
 Base = str | os.PathLike[str] | None
+
+
+UNEVEN = (
+    "It has rsLoRA, or ranks or alphas of single layers: programs that read lora_alpha alone, such as llama.cpp and "
+    "Ollama, would scale it wrong. Export it with plain=True (--plain) for them."
+)
 
 
 @frozen
@@ -43,17 +49,22 @@ class Converted:
         return "\n".join([f"{self.layout} adapter in {self.directory}, {self.layers} layers: {found}", *self.notes])
 
 
-def to_peft(adapter: Path, output: Path, base: Base = None, *, check: bool = True, **loading: Any) -> Converted:
+def to_peft(
+    adapter: Path, output: Path, base: Base = None, *, plain: bool = False, check: bool = True, **loading: Any
+) -> Converted:
     """Write the mlx-lm `adapter` into the new or empty folder `output` as PEFT reads it.
 
     `base`, a folder or Hub name, is by default the one that the adapter names. Where it is at hand, or given, its
-    logits with the adapter and with what was written are compared; `check=False` leaves that out. `loading` may say
-    `dtype` (float32), `revision` and `cache_dir`. Raises ModelError, and leaves nothing, for what PEFT's layout cannot
+    logits with the adapter and with what was written are compared; `check=False` leaves that out. `plain` writes one
+    rank and alpha without rsLoRA, for programs that read no more. `loading` may say `dtype` (float32), `revision` and
+    `cache_dir`. Raises ModelError, and leaves nothing, for what PEFT's layout cannot
     carry and where the logits differ; OSError where `output` has something in it.
     """
     if is_peft(adapter):
         raise ModelError(f"{adapter} is a PEFT adapter already; from_peft (--to mlx) takes it the other way.")
-    return convert(read_mlx(adapter), adapter, output, base, check=check, peft=True, **loading)
+    found = layout.plain(read_mlx(adapter)) if plain else read_mlx(adapter)
+    done = convert(found, adapter, output, base, check=check, peft=True, **loading)
+    return done if is_even(found) else evolve(done, notes=(*done.notes, UNEVEN))
 
 
 def from_peft(adapter: Path, output: Path, base: Base = None, *, check: bool = True, **loading: Any) -> Converted:
@@ -63,6 +74,11 @@ def from_peft(adapter: Path, output: Path, base: Base = None, *, check: bool = T
     """
     found, weights = read_peft(adapter)
     return convert(found, adapter, output, base, check=check, peft=False, weights=weights, **loading)
+
+
+def is_even(adapter: Adapter) -> bool:
+    """Whether one rank and one alpha say all."""
+    return not adapter.use_rslora and len({(layer.rank, layer.scale) for layer in adapter.layers.values()}) == 1
 
 
 @contextmanager

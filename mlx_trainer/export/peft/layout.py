@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from attrs import evolve
 
-from mlx_trainer.export.low_rank import Adapter, LowRank, alpha_of, low_rank, most, tensors_of, trimmed
+from mlx_trainer.export.low_rank import Adapter, LowRank, alpha_of, evened, low_rank, most, tensors_of
 from mlx_trainer.export.peft import names
 from mlx_trainer.export.peft.config import CONFIG, PeftConfig, check_targeted, describe, read_config
 from mlx_trainer.models.error import ModelError
@@ -88,12 +89,17 @@ def layer_of(layer: str, parts: Mapping[str, mx.array], config: PeftConfig) -> L
     return found
 
 
+def plain(adapter: Adapter) -> Adapter:
+    """Return `adapter` with one rank and scale and without rsLoRA: the same function, also where no more is read."""
+    return evolve(adapter, layers=evened(adapter.layers), use_rslora=False)
+
+
 def write_peft(adapter: Adapter, directory: Path, known: Collection[str] | None = None) -> None:
     """Write `adapter` into an existing `directory`; `known` are the paths of all layers of the base.
 
     `lora_alpha` is a whole number, since other programs read it as one; what remains of it goes into lora_B.
     """
-    layers = {names.to_transformers(path): trimmed(layer) for path, layer in adapter.layers.items()}
+    layers = {names.to_transformers(path): layer for path, layer in adapter.layers.items()}
     others = None if known is None else {named for path in known if (named := name_or_none(path)) is not None}
     alphas = {path: max(1, round(alpha_of(layer, rslora=adapter.use_rslora))) for path, layer in layers.items()}
     tensors: dict[str, mx.array] = {}
