@@ -76,9 +76,7 @@ def low_rank(name: str, parts: Mapping[str, mx.array], scale: float, *, dora: bo
         raise ModelError(f"{visible(name):.200} has {', '.join(sorted(parts))}; needed are {', '.join(wanted)}.")
     a, b, m = parts["lora_a"], parts["lora_b"], parts.get("m")
     if a.ndim == 3:
-        raise ModelError(
-            f"{visible(name):.200} is a layer of experts, which PEFT has no LoRA layout for; merge it instead."
-        )
+        raise ModelError(f"{visible(name):.200} is a layer of experts, which cannot be carried; merge it instead.")
     fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] > 0 and (m is None or m.shape == (b.shape[1],))
     if not fits:
         shapes = ", ".join(f"{leaf} {tuple(value.shape)}" for leaf, value in parts.items())
@@ -112,6 +110,12 @@ def alpha_of(layer: LowRank, *, rslora: bool) -> float:
     """Return alpha = scale · rank, with rsLoRA (https://arxiv.org/abs/2312.03732) scale · √rank; whole where it was."""
     alpha = layer.scale * (math.sqrt(layer.rank) if rslora else layer.rank)
     return float(round(alpha)) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def number(value: object) -> float | None:
+    """Return a finite number of a file as a float, None for anything else."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if plain and abs(value) < 1e300 else None  # type: ignore[arg-type]
 
 
 def most(values: Iterable[Value]) -> Value:

@@ -1,7 +1,6 @@
 """mlx-lm's layout of an adapter, read and written without its base model."""
 
 import json
-import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from mlx_trainer.export.low_rank import (
     evened,
     low_rank,
     most,
+    number,
     tensors_of,
     trimmed,
 )
@@ -32,22 +32,24 @@ CONFIG = "adapter_config.json"
 def read_mlx(directory: Path) -> Adapter:
     """Return the adapter in `directory`, as mlx-lm or a training here wrote it; raises ModelError, naming the file."""
     path = directory / CONFIG
-    config = read_json(path)
     try:
-        kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters", {})
-        if kind == "full":
-            raise ModelError(
-                f"{directory} holds all weights of a model, not an adapter: it is a model to be saved whole."
-            )
-        scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
-        rslora = bool(config.get("lora", {}).get("use_rslora", False))
-    except (AttributeError, KeyError, TypeError) as error:
+        config = read_json(path)
+        kind, base = config.get("fine_tune_type", "lora"), config.get("model")
+        parameters, own = config.get("lora_parameters", {}), config.get("lora", {})
+        scale, dropout = number(parameters.get("scale")), number(parameters.get("dropout", 0.0))
+        rslora = own.get("use_rslora", False) is True
+    except AttributeError as error:
         raise ModelError(f"{path} is not the configuration of an mlx-lm adapter: {error!s:.200}.") from error
-    if scale == 0 or not math.isfinite(scale) or kind not in ("lora", "dora"):
-        raise ModelError(f"{path} has scale {scale} and fine_tune_type {kind!r}; wanted: not 0, and lora or dora.")
+    if kind == "full":
+        raise ModelError(f"{directory} holds all weights of a model, not an adapter: it is a model to be saved whole.")
+    if not scale or dropout is None or kind not in ("lora", "dora"):
+        raise ModelError(
+            f"{path} is not the configuration of an mlx-lm adapter: its lora_parameters need a scale that is not 0, "
+            f"its fine_tune_type is lora or dora; there are {parameters.get('scale')!r:.50} and {kind!r:.50}."
+        )
     factors = grouped(tensors_of(directory / TENSORS), directory / TENSORS)
     layers = {name: trimmed(low_rank(name, parts, scale, dora=kind == "dora")) for name, parts in factors.items()}
-    return Adapter(layers, config.get("model"), dropout, rslora)
+    return Adapter(layers, base if isinstance(base, str) else None, dropout, rslora)
 
 
 def grouped(tensors: Mapping[str, mx.array], path: Path) -> dict[str, dict[str, mx.array]]:

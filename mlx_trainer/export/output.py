@@ -17,6 +17,7 @@ def fresh_folder(output: Path) -> Iterator[Path]:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(errno.EEXIST, "is there already; give a new or empty folder", str(output))
+    output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     new = output.with_name(f".{output.name}.{os.getpid()}.new")
     new.mkdir()

@@ -1,5 +1,6 @@
 """PEFT's layout without PEFT: what is written, how the check sees what is wrong, and what is refused by name."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from mlx_trainer.export.checking import logits_of, sample_ids
 from mlx_trainer.export.low_rank import Adapter, LowRank
 from mlx_trainer.export.mlx_layout import read_mlx, write_mlx
 from mlx_trainer.export.peft import from_peft, layout, read_peft, to_peft, write_peft
-from mlx_trainer.export.peft.config import describe
+from mlx_trainer.export.peft.config import PLAIN, describe
 from mlx_trainer.models import ModelError
 from tests.export.adapters import config_of, reconfigure, rewrite, tensors, write_adapter
 from tests.tiny import VOCABULARY, tiny_mistral
@@ -245,7 +246,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other blocks": ({"layers_to_transform": [0]}, r"has tensors of model\.layers\.1\..*\(2 such layers\)"),
     "endless pattern": ({"rank_pattern": {"(a+)+": 4}}, r"the pattern '\(a\+\)\+', which is too involved"),
     "broken pattern": ({"alpha_pattern": {"q_proj(": 4}}, r"the pattern 'q_proj\(': "),
-    "list for a pattern": ({"rank_pattern": [4]}, r"has rank_pattern \[4\]; it must map names to numbers"),
+    "list for a pattern": ({"rank_pattern": [4]}, r"has rank_pattern \[4\]; it must be names with numbers"),
 }
 
 
@@ -316,6 +317,27 @@ def test_broken_files_and_pickles_are_not_opened(tmp_path: Path, exported: Path)
         (exported / "adapter_model.bin").unlink(missing_ok=True)
         with pytest.raises(ModelError, match=r"adapter_config\.json (is not the configuration|cannot be read)"):
             from_peft(exported, tmp_path / "back")
+
+
+ODD = (None, True, 0, -1, 1e308, 10**400, "q_proj", "", [], [1, None], {"a": []}, {"q_proj": "x"}, {"": 1})
+
+
+@pytest.mark.parametrize("layout_of", ["peft", "mlx"])
+def test_odd_values_anywhere_are_refused_or_harmless(
+    tmp_path: Path, adapter: Path, exported: Path, layout_of: str
+) -> None:
+    """Every option with values of every other kind: one sentence or a written folder, never another error."""
+    folder, convert = (exported, from_peft) if layout_of == "peft" else (adapter, to_peft)
+    right, refused = config_of(folder), []
+    options = [*right, *PLAIN] if layout_of == "peft" else [*right, "lora"]
+    for number, (option, value) in enumerate(itertools.product(options, ODD)):
+        reconfigure(folder, **{**right, option: value})
+        try:
+            convert(folder, tmp_path / f"{layout_of}{number}", "some/base", check=False)
+        except ModelError as error:
+            refused.append(str(error))
+    assert len(refused) > len(options)
+    assert all(str(folder) in message for message in refused)
 
 
 def test_nothing_is_overwritten(tmp_path: Path, adapter: Path) -> None:

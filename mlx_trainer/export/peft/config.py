@@ -2,13 +2,13 @@
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
-from mlx_trainer.export.low_rank import block_of
+from mlx_trainer.export.low_rank import block_of, number
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.monitoring import visible
@@ -39,6 +39,19 @@ ON_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that take the adapter's start out of the base weights, which are then others than published."""
 
 
+SHAPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (lambda value: isinstance(value, dict), "names with numbers")),
+    **dict.fromkeys(("use_rslora", "use_dora"), (lambda value: isinstance(value, bool), "true or false")),
+    "lora_dropout": (lambda value: (share := number(value)) is not None and 0 <= share < 1, "a number from 0 to 1"),
+    "layers_to_transform": (lambda value: isinstance(value, int | list), "a block's number, or a list of them"),
+}
+"""What other options have to be."""
+
+
+MOST = 1 << 20
+"""No layer has so many inputs, so no rank is larger."""
+
+
 @frozen
 class PeftConfig:
     """What is read of PEFT's configuration; rank and alpha of a layer may be its own."""
@@ -53,17 +66,20 @@ class PeftConfig:
     def rank(self, layer: str) -> int:
         """The rank of `layer` (transformers' name); raises ModelError where it is no whole number."""
         rank = pattern_value(self["rank_pattern"] or {}, layer, self["r"], self.path)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ModelError(f"{self.path} has rank {rank!r} for {layer}; it must be a whole number from 1.")
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MOST:
+            raise ModelError(
+                f"{self.path} has rank {rank!r:.50} for {layer}; it must be a whole number from 1 to {MOST:,}."
+            )
         return rank
 
     def scale(self, layer: str) -> float:
         """alpha / rank, with use_rslora alpha / √rank (https://arxiv.org/abs/2312.03732)."""
-        alpha = pattern_value(self["alpha_pattern"] or {}, layer, self["lora_alpha"], self.path)
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise ModelError(f"{self.path} has lora_alpha {alpha!r} for {layer}; it must be a number.")
-        rank = self.rank(layer)
-        return float(alpha / (math.sqrt(rank) if self["use_rslora"] else rank))
+        written = pattern_value(self["alpha_pattern"] or {}, layer, self["lora_alpha"], self.path)
+        if not (alpha := number(written)):
+            raise ModelError(
+                f"{self.path} has lora_alpha {written!r:.50} for {layer}; it must be a number that is not 0."
+            )
+        return alpha / (math.sqrt(self.rank(layer)) if self["use_rslora"] else self.rank(layer))
 
 
 def read_config(directory: Path) -> PeftConfig:
@@ -85,9 +101,9 @@ def read_config(directory: Path) -> PeftConfig:
             f"{path} has init_lora_weights {start!r:.50}: the adapter belongs to a changed base. Save it in PEFT with "
             "path_initial_model_for_weight_conversion, which makes it one for the base as published."
         )
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(values.get(name) or {}, dict):
-            raise ModelError(f"{path} has {name} {values[name]!r:.100}; it must map names to numbers.")
+    for name, (good, wanted) in SHAPES.items():
+        if (value := values.get(name)) is not None and not good(value):
+            raise ModelError(f"{path} has {name} {value!r:.100}; it must be {wanted}.")
     return PeftConfig(path, values)
 
 
