@@ -69,18 +69,19 @@ def tensors_of(path: Path) -> dict[str, mx.array]:
     return whole
 
 
-def low_rank(name: str, parts: Mapping[str, mx.array], scale: float, *, dora: bool) -> LowRank:
-    """Return the adapter of layer `name` from its `parts`; raises ModelError where one lacks or does not fit."""
+def low_rank(name: str, parts: Mapping[str, mx.array], scale: float, *, dora: bool, path: Path) -> LowRank:
+    """Return the adapter of layer `name` from its `parts` in `path`; raises ModelError where one lacks or misfits."""
+    layer = f"{path}: {visible(name):.200}"
     wanted = LEAVES if dora else LEAVES[:2]
     if set(parts) != set(wanted):
-        raise ModelError(f"{visible(name):.200} has {', '.join(sorted(parts))}; needed are {', '.join(wanted)}.")
+        raise ModelError(f"{layer} has {', '.join(sorted(parts))}; needed are {', '.join(wanted)}.")
     a, b, m = parts["lora_a"], parts["lora_b"], parts.get("m")
     if a.ndim == 3:
-        raise ModelError(f"{visible(name):.200} is a layer of experts, which cannot be carried; merge it instead.")
+        raise ModelError(f"{layer} is a layer of experts, which cannot be carried; merge it instead.")
     fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] > 0 and (m is None or m.shape == (b.shape[1],))
     if not fits:
         shapes = ", ".join(f"{leaf} {tuple(value.shape)}" for leaf, value in parts.items())
-        raise ModelError(f"{visible(name):.200} has {shapes}, which do not fit each other.")
+        raise ModelError(f"{layer} has {shapes}, which do not fit each other.")
     return LowRank(a, b, scale, m)
 
 

@@ -47,8 +47,9 @@ def read_mlx(directory: Path) -> Adapter:
             f"{path} is not the configuration of an mlx-lm adapter: its lora_parameters need a scale that is not 0, "
             f"its fine_tune_type is lora or dora; there are {parameters.get('scale')!r:.50} and {kind!r:.50}."
         )
-    factors = grouped(tensors_of(directory / TENSORS), directory / TENSORS)
-    layers = {name: trimmed(low_rank(name, parts, scale, dora=kind == "dora")) for name, parts in factors.items()}
+    file, dora = directory / TENSORS, kind == "dora"
+    factors = grouped(tensors_of(file), file)
+    layers = {name: trimmed(low_rank(name, own, scale, dora=dora, path=file)) for name, own in factors.items()}
     return Adapter(layers, base if isinstance(base, str) else None, dropout, rslora)
 
 

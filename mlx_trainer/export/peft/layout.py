@@ -83,7 +83,7 @@ def layer_of(layer: str, parts: Mapping[str, mx.array], config: PeftConfig) -> L
         raise ModelError(
             f"{config.path} has DoRA on {layer}: mlx-lm computes another norm there, so it cannot be carried."
         )
-    found = low_rank(layer, parts, config.scale(layer), dora=dora)
+    found = low_rank(layer, parts, config.scale(layer), dora=dora, path=config.path.with_name(TENSORS))
     if found.rank != rank:
         raise ModelError(f"{config.path} has rank {rank} for {layer}, its tensors have {found.rank}.")
     return found
