@@ -2,7 +2,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
+# EXTRAS=dev,interop, as in CI, brings PEFT and PyTorch too: the tests that open adapters there are skipped without them.
+EXTRAS ?= dev
+STAMP := $(VENV)/.installed-$(EXTRAS)
 
 .PHONY: quickstart test faults lint format clean
 
@@ -28,10 +30,10 @@ format: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	if command -v uv >/dev/null; then \
 	  uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
-	  uv pip install --quiet --python $(RUN) --constraint constraints.txt --editable '.[dev]'; \
+	  uv pip install --quiet --python $(RUN) --constraint constraints.txt --editable '.[$(EXTRAS)]'; \
 	else \
 	  $(PYTHON) -m venv $(VENV) && \
-	  $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'; \
 	fi
 	touch $@
 

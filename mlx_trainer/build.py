@@ -30,6 +30,7 @@ from mlx_trainer.callbacks import (
 from mlx_trainer.config import Config, ConfigError, DataConfig, ModelConfig, unwise
 from mlx_trainer.data import DataPipeline, DataReport, render, report_on
 from mlx_trainer.evaluation import EvalMetrics
+from mlx_trainer.export.peft import in_mlx_layout
 from mlx_trainer.models import AdaLoRAModule, CausalLMModule, MistralLoRAModule
 from mlx_trainer.models.adapter_config import TENSORS, lora_of
 from mlx_trainer.models.hf_config import read_json
@@ -128,7 +129,7 @@ def base_of(adapter: Path) -> str | None:
     """Return the name of the model that an adapter was trained on, None where its configuration does not tell."""
     path = adapter / "adapter_config.json"
     written = read_json(path) if path.exists() else None
-    name = written.get("model") if isinstance(written, dict) else None
+    name = written.get("model", written.get("base_model_name_or_path")) if isinstance(written, dict) else None
     return name if isinstance(name, str) else None
 
 
@@ -186,15 +187,19 @@ def prepare(config: Config, module: CausalLMModule, data: DataPipeline) -> None:
 def trained_module(
     model: ModelConfig, adapter: str | None, kind: type[CausalLMModule] = CausalLMModule, **options: Any
 ) -> CausalLMModule:
-    """Return `model` with the weights in the folder `adapter`, as a module of `kind`, or as it stands; loaded."""
-    lora = None if adapter is None else lora_of(Path(adapter))
-    arguments = base_arguments(model)
-    name = model.model_name
-    module = BaseModel(name, **arguments) if lora is None else kind(name, lora=lora, **arguments, **options)
-    if adapter is not None:
+    """Return `model` with the weights in the folder `adapter`, which may be PEFT's, or as it stands; loaded.
+
+    With adapters it is a module of `kind`, made with `options`.
+    """
+    arguments, name = base_arguments(model), model.model_name
+    if adapter is None:
+        return BaseModel(name, **arguments)
+    with in_mlx_layout(Path(adapter)) as folder:
+        lora = lora_of(folder)
+        module = BaseModel(name, **arguments) if lora is None else kind(name, lora=lora, **arguments, **options)
         if lora is None:
-            unfreeze_last(module.model, blocks_named(open_tensors(Path(adapter) / TENSORS)))
-        module.load(Path(adapter))
+            unfreeze_last(module.model, blocks_named(open_tensors(folder / TENSORS)))
+        module.load(folder)
     return module
 
 

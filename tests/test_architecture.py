@@ -67,11 +67,11 @@ ALLOWED = {
     "optim": LEAVES,
     "callbacks": LEAVES | CORE,
     "run_folder": CORE | LEAVES | {"callbacks", "data", "models"},
-    "build": CORE | LEAVES | {"run_folder", "callbacks", "data", "models", "optim", "preference"},
+    "build": CORE | LEAVES | {"run_folder", "callbacks", "data", "export", "models", "optim", "preference"},
     "benchmarking": CORE | LEAVES | {"_blas", "build", "data", "models"},
     "replaying": CORE | LEAVES | {"build", "data", "models"},
     "chat": LEAVES | {"models"},
-    "export": LEAVES | {"models"},
+    "export": LEAVES | {"models", "module"},
     "commands": {"benchmarking", "build", "chat", "export", "prompts", "replaying"}
     | CORE
     | LEAVES

@@ -1,8 +1,9 @@
 """The commands of `mlx-trainer`, each a call of the library, by name and in the order in which its help lists them."""
 
-from mlx_trainer.commands import answering, merging, publishing, training, using
+from mlx_trainer.commands import answering, merging, publishing, sharing, training, using
 from mlx_trainer.commands.command import PROGRAM, Command
 
-COMMANDS = training.COMMANDS | using.COMMANDS | answering.COMMANDS | merging.COMMANDS | publishing.COMMANDS
+ROOMS = (training, using, answering, sharing, merging, publishing)
+COMMANDS: dict[str, Command] = {name: command for room in ROOMS for name, command in room.COMMANDS.items()}
 
 __all__ = ["COMMANDS", "PROGRAM", "Command"]

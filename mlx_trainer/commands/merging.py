@@ -1,5 +1,6 @@
 """The commands that make one thing of several: an adapter and its base, or some adapters."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from mlx_trainer.commands.command import Command, Given
@@ -15,20 +16,22 @@ MERGING = {"dtype", "requantize", "bits", "max_loss", "trust_remote_code"}
 def merge(given: Given) -> int:
     """Merge an adapter into its base, or check a merged model; the code is 1 where it is not what it should be."""
     from mlx_trainer import export
+    from mlx_trainer.export.peft import in_mlx_layout
 
     checking = "unmerge" in given
     if useless := [name for name in sorted({*MERGING, "data"}) if checking and name in given]:
         raise ConfigError(f"--{useless[0].replace('_', '-')} is for merging; --unmerge checks what was merged")
     first, second = Path(given["first"]), Path(given["second"])
     loading = {name: given[name] for name in ("revision", "cache_dir") if name in given}
-    base = export.base_directory(export.read_adapter(second if checking else first), given.get("model"), **loading)
-    if checking:
-        result = export.check_unmerge(first, second, base=str(base))
-        print(result)
-        return int(bool(result.wrong))
-    rows = rows_of(given["data"], base) if "data" in given else None
-    options = {name: given[name] for name in MERGING & given.keys()}
-    print(export.merge(first, second, base=str(base), rows=rows, **options))
+    with in_mlx_layout(second if checking else first) as adapter:
+        base = export.base_directory(export.read_adapter(adapter), given.get("model"), **loading)
+        if checking:
+            result = export.check_unmerge(first, adapter, base=str(base))
+            print(result)
+            return int(bool(result.wrong))
+        rows = rows_of(given["data"], base) if "data" in given else None
+        options = {name: given[name] for name in MERGING & given.keys()}
+        print(export.merge(adapter, second, base=str(base), rows=rows, **options))
     return 0
 
 
@@ -49,11 +52,14 @@ def combine(given: Given) -> int:
     if not words:
         raise ConfigError("combine takes adapters and then the new folder, such as `combine one=0.7 two=0.3 both`")
     from mlx_trainer import export
+    from mlx_trainer.export.peft import in_mlx_layout
 
     pairs = [weighed(word) for word in words]
-    adapters, weights = [Path(path) for path, _ in pairs], [1.0 if weight is None else weight for _, weight in pairs]
+    weights = [1.0 if weight is None else weight for _, weight in pairs]
     options = {name: given[name] for name in ("method", "rank", "density", "seed") if name in given}
-    print(export.combine(adapters, Path(output), weights, **options))
+    with ExitStack() as stack:
+        adapters = [stack.enter_context(in_mlx_layout(Path(path))) for path, _ in pairs]
+        print(export.combine(adapters, Path(output), weights, **options))
     return 0
 
 

@@ -1,63 +1,47 @@
-"""Adapters with random values in mlx-lm's layout, so that each of their tensors matters."""
+"""Adapters for tests, all of them random, so that each of their numbers matters."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
-from mlx_trainer.models.loading import load_model
+from mlx_trainer.config import LoRAConfig
+from mlx_trainer.models import inject_lora, load_model, save_adapters
+from mlx_trainer.models.lora import trainable
 
-ROWS = [[1, 17, 300, 45, 9, 211], [1, 5, 6, 350, 2]]
+
+def write_adapter(base: Path, folder: Path, lora: LoRAConfig, *, seed: int = 0, named: str | None = None) -> Path:
+    """Write an adapter of `base` into `folder` in mlx-lm's layout; it names `base`, or what is `named`."""
+    model = inject_lora(load_model(base, dtype="float32"), lora)
+    generator, shapes = np.random.default_rng(seed), trainable(model)
+    drawn = {name: mx.array(generator.normal(0, 0.1, shapes[name].shape).astype(np.float32)) for name in sorted(shapes)}
+    model.load_weights(list(drawn.items()), strict=False)
+    save_adapters(model, folder, base=str(base) if named is None else named)
+    return folder
 
 
-def tensors_of(directory: Path) -> dict[str, mx.array]:
-    """All tensors of the safetensors files in a folder, read."""
-    found = {name: value for path in directory.glob("*.safetensors") for name, value in mx.load(str(path)).items()}
+def tensors(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file, in memory."""
+    found = dict(mx.load(str(path)))
     mx.eval(found)
     return found
 
 
-def random_adapter(
-    base: Path,
-    directory: Path,
-    targets: Sequence[str] = ("self_attn.q_proj", "mlp.down_proj"),
-    *,
-    rank: int = 4,
-    scale: float = 1.5,
-    size: float = 0.1,
-    seed: int = 0,
-    dora: bool = False,
-) -> Path:
-    """Write an adapter on the `targets`, which are mlx-lm's keys, of the model in `base`, and return its folder.
+def rewrite(path: Path, **changes: mx.array | None) -> None:
+    """Replace tensors of a file; None removes one. `__` in a name stands for a dot."""
+    changed = tensors(path) | {name.replace("__", "."): value for name, value in changes.items()}
+    mx.save_safetensors(str(path), {name: value for name, value in changed.items() if value is not None})
 
-    mlx-lm's own layers say which tensors there are and of which shape.
-    """
-    from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    model = load_model(base, dtype="float32")
-    parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(targets)}
-    linear_to_lora_layers(model, len(model.layers), parameters, use_dora=dora)
-    generator = np.random.default_rng(seed)
-    names = [
-        name for name, _ in tree_flatten(model.parameters()) if name.rpartition(".")[2] in ("lora_a", "lora_b", "m")
-    ]
-    values = dict(tree_flatten(model.parameters()))
-    tensors = {
-        name: values[name] * (1 + mx.array(generator.normal(0, size, values[name].shape), mx.float32))
-        if name.endswith(".m")
-        else mx.array(generator.normal(0, size, values[name].shape), mx.float32)
-        for name in sorted(names)
-    }
-    directory.mkdir(parents=True)
-    mx.save_safetensors(str(directory / "adapters.safetensors"), tensors)
-    config = {
-        "model": str(base),
-        "fine_tune_type": "dora" if dora else "lora",
-        "num_layers": len(model.layers),
-        "lora_parameters": parameters,
-    }
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    return directory
+def reconfigure(folder: Path, **changes: Any) -> None:
+    """Replace options in a folder's adapter_config.json."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """A folder's adapter_config.json."""
+    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return found

@@ -14,7 +14,7 @@ from mlx_trainer.export.combine import METHODS, combine
 from mlx_trainer.export.delta import read_adapter
 from mlx_trainer.export.merge import merge
 from mlx_trainer.models.error import ModelError
-from tests.export.adapters import ROWS, random_adapter
+from tests.export.random_adapters import ROWS, random_adapter
 from tests.tiny import tiny_mistral
 
 WEIGHTS = (0.7, -0.4)

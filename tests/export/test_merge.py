@@ -21,7 +21,7 @@ from mlx_trainer.export.saving import save_weights
 from mlx_trainer.export.unmerge import check_unmerge
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.loading import load_model, load_tokenizer
-from tests.export.adapters import ROWS, random_adapter, tensors_of
+from tests.export.random_adapters import ROWS, random_adapter, tensors_of
 from tests.tiny import tiny_mistral, write_tokenizer
 
 ALL = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"] + [

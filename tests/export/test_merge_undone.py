@@ -8,7 +8,7 @@ import pytest
 from mlx_trainer.export.merge import merge
 from mlx_trainer.export.unmerge import check_unmerge
 from mlx_trainer.models.error import ModelError
-from tests.export.adapters import ROWS, random_adapter, tensors_of
+from tests.export.random_adapters import ROWS, random_adapter, tensors_of
 from tests.tiny import tiny_mistral
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"

@@ -1,0 +1,127 @@
+"""mlx-lm's layout of an adapter, read and written without its base model."""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_trainer.export.low_rank import (
+    LEAVES,
+    Adapter,
+    LowRank,
+    alpha_of,
+    block_of,
+    evened,
+    low_rank,
+    most,
+    number,
+    tensors_of,
+    trimmed,
+)
+from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.hf_config import read_json
+from mlx_trainer.monitoring import visible
+
+TENSORS = "adapters.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def read_mlx(directory: Path) -> Adapter:
+    """Return the adapter in `directory`, as mlx-lm or a training here wrote it; raises ModelError, naming the file."""
+    path = directory / CONFIG
+    try:
+        config = read_json(path)
+        kind, base = config.get("fine_tune_type", "lora"), config.get("model")
+        parameters, own = config.get("lora_parameters", {}), config.get("lora", {})
+        scale, dropout = number(parameters.get("scale")), number(parameters.get("dropout", 0.0))
+        rslora = own.get("use_rslora", False) is True
+    except AttributeError as error:
+        raise ModelError(f"{path} is not the configuration of an mlx-lm adapter: {error!s:.200}.") from error
+    if kind == "full":
+        raise ModelError(f"{directory} holds all weights of a model, not an adapter: it is a model to be saved whole.")
+    if not scale or dropout is None or kind not in ("lora", "dora"):
+        raise ModelError(
+            f"{path} is not the configuration of an mlx-lm adapter: its lora_parameters need a scale that is not 0, "
+            f"its fine_tune_type is lora or dora; there are {parameters.get('scale')!r:.50} and {kind!r:.50}."
+        )
+    file, dora = directory / TENSORS, kind == "dora"
+    factors = grouped(tensors_of(file), file)
+    layers = {name: trimmed(low_rank(name, own, scale, dora=dora, path=file)) for name, own in factors.items()}
+    return Adapter(layers, base if isinstance(base, str) else None, dropout, rslora)
+
+
+def grouped(tensors: Mapping[str, mx.array], path: Path) -> dict[str, dict[str, mx.array]]:
+    """Return `tensors` by layer and leaf; raises ModelError for one that is no part of an adapter."""
+    layers: dict[str, dict[str, mx.array]] = {}
+    for name, value in sorted(tensors.items()):
+        layer, _, leaf = name.rpartition(".")
+        if leaf not in LEAVES or not layer:
+            raise ModelError(
+                f"{path}: {visible(name):.200} belongs to no adapter; its tensors end in {', '.join(LEAVES)}."
+            )
+        layers.setdefault(layer, {})[leaf] = value
+    if not layers:
+        raise ModelError(f"{path} has no tensors.")
+    return layers
+
+
+def write_mlx(adapter: Adapter, directory: Path, known: Collection[str] | None = None) -> None:
+    """Write `adapter` into an existing `directory` as mlx-lm reads it; `known` are the paths of all layers of the base.
+
+    mlx-lm has one rank and one scale for all layers. Those that they have stand beside them under "lora", from where a
+    training here takes them.
+    """
+    layers = evened(adapter.layers)
+    first = next(iter(layers.values()))
+    with (directory / TENSORS).open("wb") as file:
+        mx.save_safetensors(file, mlx_tensors(layers), metadata={"format": "mlx"})
+    config = {
+        "fine_tune_type": "dora" if adapter.use_dora else "lora",
+        "num_layers": max((block_of(path)[1] or 0 for path in known or layers), default=0) + 1,
+        "lora_parameters": {
+            "rank": first.rank,
+            "scale": first.scale,
+            "dropout": adapter.dropout,
+            "keys": mlx_keys(layers, known),
+            "alpha": first.scale * first.rank,
+        },
+        "lora": description(adapter),
+    }
+    named = {} if adapter.base is None else {"model": adapter.base}
+    (directory / CONFIG).write_text(json.dumps(named | config, indent=2) + "\n", encoding="utf-8")
+
+
+def mlx_tensors(layers: Mapping[str, LowRank]) -> dict[str, mx.array]:
+    """Return the tensors of `layers` by mlx-lm's names."""
+    parts = {path: {"lora_a": layer.a, "lora_b": layer.b, "m": layer.m} for path, layer in layers.items()}
+    return {f"{path}.{leaf}": value for path, own in parts.items() for leaf, value in own.items() if value is not None}
+
+
+def mlx_keys(layers: Collection[str], known: Collection[str] | None) -> list[str]:
+    """Return mlx-lm's keys for `layers`: as within a block where each has it adapted, else whole paths."""
+
+    def inside(path: str) -> str:
+        return re.sub(r"^.*?\.\d+\.", "", path)
+
+    partly = {inside(path) for path in known if path not in layers} if known is not None else None
+    return sorted({path if partly is None or inside(path) in partly else inside(path) for path in layers})
+
+
+def description(adapter: Adapter) -> dict[str, Any]:
+    """Return the options of `LoRAConfig` that give such layers."""
+    ranks = {path: layer.rank for path, layer in adapter.layers.items()}
+    alphas = {path: alpha_of(layer, rslora=adapter.use_rslora) for path, layer in adapter.layers.items()}
+    rank, alpha = most(ranks.values()), most(alphas.values())
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": adapter.dropout,
+        "target_modules": sorted(adapter.layers),
+        "use_rslora": adapter.use_rslora,
+        "use_dora": adapter.use_dora,
+        "rank_pattern": {re.escape(path): own for path, own in sorted(ranks.items()) if own != rank},
+        "alpha_pattern": {re.escape(path): own for path, own in sorted(alphas.items()) if own != alpha},
+    }
