@@ -32,10 +32,11 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def module_of(folder: Path, **options: Any) -> CausalLMModule:
-    """A tiny module whose adapters are not zero, nor so large that the model makes much of a sum's rounding."""
+    """A tiny module that trains; its adapters are not zero, nor so large that it makes much of a sum's rounding."""
     module = CausalLMModule(folder, dtype="float32", **options)
     for _, values in tree_flatten(module.model.trainable_parameters()):
         values[:] = mx.random.normal(values.shape, key=mx.random.key(values.size)) * 0.05
+    module.setup("fit")
     return module
 
 

@@ -58,8 +58,23 @@ def expected(
         ]
         return mx.stack(losses).sum()
 
+    return differentiated(module, total)
+
+
+def differentiated(
+    module: PreferenceModule, total: Callable[[nn.Module], mx.array]
+) -> tuple[float, dict[str, mx.array]]:
+    """The value of `total`, and its gradients by name."""
     value, gradients = nn.value_and_grad(module.model, total)(module.model)
     return value.item(), dict(tree_flatten(gradients))
+
+
+def sizes_before(module: PreferenceModule, rows: Sequence[TokenRow]) -> tuple[float, float]:
+    """Of the log-probabilities that a loss subtracts from each other: their sum, and the largest gradient of it."""
+    value, gradients = differentiated(
+        module, lambda _: -mx.stack([written_out(module.model, r)[0] for r in rows]).sum()
+    )
+    return value, largest_of(gradients)
 
 
 def found(module: PreferenceModule, batch: Any) -> tuple[float, float, dict[str, mx.array], dict[str, float]]:
@@ -75,10 +90,17 @@ def found(module: PreferenceModule, batch: Any) -> tuple[float, float, dict[str,
     return value.item(), weight.item(), dict(tree_flatten(gradients)), told
 
 
-def assert_close(ours: dict[str, mx.array], plain: dict[str, mx.array]) -> None:
-    """Each gradient to 1e-5 of its parameter's largest, and rounding of the others' size where it is next to zero."""
+def assert_close(ours: dict[str, mx.array], plain: dict[str, mx.array], before: float) -> None:
+    """Each gradient to 1e-5 of its parameter's largest, or to rounding: of the others where it is next to zero itself,
+    and of those `before` they were subtracted, where a loss is next to its minimum.
+    """
     assert ours.keys() == plain.keys() != set()
-    largest = max(mx.abs(value).max().item() for value in plain.values())
+    rounding = 1e-6 * max(largest_of(plain), before)
     for name, value in plain.items():
-        allowed = 1e-5 * mx.abs(value).max().item() + 1e-6 * largest
+        allowed = 1e-5 * mx.abs(value).max().item() + rounding
         assert mx.abs(ours[name] - value).max().item() <= allowed, name
+
+
+def largest_of(gradients: dict[str, mx.array]) -> float:
+    """The largest number of all."""
+    return float(max(mx.abs(value).max().item() for value in gradients.values()))
