@@ -5,8 +5,8 @@ on all linear layers. A step with a frozen base multiplies 436 million times for
 
 | policy | kept | KB | run again |
 |---|---|---|---|
-| `none` | all that the gradient needs, inputs of adapters and their random bits too | 328 | nothing |
-| `attention` | of attention no scores, result or adapter's input | 295 | attention |
+| `none` | what the gradient needs, dropout's random bits too | 142 | norms and SwiGLU, where adapters need them |
+| `attention` | of attention no scores, result or adapter's input | 121 | attention |
 | `selective` | h twice, queries, keys, values, their result, gate, up | 94 | norms, dropout, SwiGLU, half of adapters |
 | `mlp` | h twice, queries, keys, values, their result | 37 | also gate and up: 117 million, 27 % of a step |
 | `block` | h | 8 | all but the last product: 159 million, 37 % of a step |
