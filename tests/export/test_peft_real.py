@@ -16,6 +16,7 @@ from mlx_trainer.export.checking import logits_of, sample_ids
 from mlx_trainer.export.peft import from_peft, to_peft
 from mlx_trainer.models import CausalLMModule, ModelError, load_model
 from mlx_trainer.trainer import Trainer
+from tests.export.families import configuration
 from tests.models.batches import labelled
 from tests.tiny import VOCABULARY, tiny_mistral
 
@@ -245,6 +246,35 @@ def test_dora_made_there_comes_here_and_goes_back(tmp_path: Path, base: Path, ta
     assert apart(torch_logits(model), mlx_lm_logits(base, tmp_path / "adapter")) <= TOLERANCE
     to_peft(tmp_path / "adapter", tmp_path / "back")
     assert apart(torch_logits(model), torch_logits(opened_there(base, tmp_path / "back"))) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("qwen2", ["self_attn.q_proj", "self_attn.v_proj"]),  # with biases, which DoRA leaves alone
+        ("phi3", ["self_attn.qkv_proj", "mlp.gate_up_proj"]),  # queries, keys and values in one layer
+        ("cohere", ["self_attn.k_proj", "mlp.down_proj"]),  # a head that is the embedding, and layer norms
+        ("olmo2", ["self_attn.o_proj", "mlp.up_proj"]),
+    ],
+)
+def test_dora_of_other_families_gives_the_same_logits_there(tmp_path: Path, family: str, keys: list[str]) -> None:
+    """Models that transformers made and saved, with random weights and biases."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**configuration(family)))
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(value, std=0.1)
+    model.save_pretrained(tmp_path / "base")
+    base = tmp_path / "base"
+    assert apart(logits_of(load_model(base, dtype="float32"), IDS), torch_logits(torch_base(base))) <= TOLERANCE
+    ours = mlx_lm_adapter(base, tmp_path / "adapter", "dora", rank=4, scale=2.0, dropout=0.0, keys=keys)
+    assert to_peft(tmp_path / "adapter", tmp_path / "peft").notes == ()
+    there = opened_there(base, tmp_path / "peft")
+    found = apart(ours, torch_logits(there))
+    assert found <= TOLERANCE
+    assert 100 * found < apart(ours, torch_logits(there.unload()))  # cohere makes all logits small
 
 
 def test_rslora_stays_rslora_where_it_comes_from_peft(tmp_path: Path, base: Path) -> None:
