@@ -19,11 +19,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 from shape import mistral_config
 
-from mlx_trainer.export.base import open_base
-from mlx_trainer.export.delta import read_adapter
-from mlx_trainer.export.effect import measure_effect
-from mlx_trainer.export.merge import merge, merge_into, rounding
-from mlx_trainer.export.saving import save_weights
+from mlx_trainer.export.merging.base import open_base
+from mlx_trainer.export.merging.delta import read_adapter
+from mlx_trainer.export.merging.effect import measure_effect
+from mlx_trainer.export.merging.merge import merge, merge_into, rounding
+from mlx_trainer.export.merging.saving import save_weights
 
 VOCABULARY, RANK = 4096, 16
 EFFECTS = (0.05, 0.5)

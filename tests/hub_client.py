@@ -26,7 +26,7 @@ PROGRAM = f"""
 import json, os, sys, time, traceback
 from pathlib import Path
 import attrs, huggingface_hub.constants
-from mlx_trainer.export.hub import push
+from mlx_trainer.export.publishing.hub import push
 from mlx_trainer.models import ModelError, resolve
 from mlx_trainer.models.provenance import verify
 

@@ -7,7 +7,7 @@ FOLDER = {"metavar": "FOLDER", "help": "adapter (runs/chats/adapter), PEFT expor
 
 def push(given: Given) -> int:
     """Upload to the Hub, or print what would go up."""
-    from mlx_trainer.export.hub import push
+    from mlx_trainer.export.publishing.hub import push
 
     keywords = {key: value for key, value in given.items() if key not in ("folder", "repository")}
     upload = push(given["folder"], given["repository"], **keywords)
@@ -38,7 +38,7 @@ def download(given: Given) -> int:
 
 def gguf(given: Given) -> int:
     """Convert with llama.cpp's converter."""
-    from mlx_trainer.export.gguf import gguf
+    from mlx_trainer.export.programs.gguf import gguf
 
     options = {key: given[key] for key in ("outtype", "base", "llama_cpp") if key in given}
     header = gguf(given["folder"], given["output"], **options)
@@ -48,7 +48,7 @@ def gguf(given: Given) -> int:
 
 def ollama(given: Given) -> int:
     """Write a Modelfile."""
-    from mlx_trainer.export.ollama import ollama
+    from mlx_trainer.export.programs.ollama import ollama
 
     path = ollama(given["source"], given.get("output", "."), base=given.get("base"))
     print(f"{path}: ollama create NAME -f {path}")
@@ -57,7 +57,7 @@ def ollama(given: Given) -> int:
 
 def lm_studio(given: Given) -> int:
     """Put a model where LM Studio looks."""
-    from mlx_trainer.export.lm_studio import ROOT, lm_studio
+    from mlx_trainer.export.programs.lm_studio import ROOT, lm_studio
 
     print(lm_studio(given["folder"], given["name"], root=given.get("root", ROOT), link="link" in given))
     return 0

@@ -1,31 +1,34 @@
 """A folder that is there whole or not at all."""
 
-import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlx_trainer.folders import discard, sync
+from mlx_trainer.folders import discard, locked, sync
+from mlx_trainer.models.error import ModelError
 
 
 @contextmanager
-def fresh_folder(output: Path) -> Iterator[Path]:
-    """Give a folder beside `output` to be written, which becomes `output` at the end, and is removed on an error.
+def complete_folder(final: Path) -> Iterator[Path]:
+    """Let a folder be filled that then stands at `final`, complete; where anything fails, nothing stands there.
 
-    Raises OSError where `output` is a file, or has something in it already: nothing is ever overwritten.
+    Raises ModelError where there is something already, or another process writes it now.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(errno.EEXIST, "is there already; give a new or empty folder", str(output))
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    new = output.with_name(f".{output.name}.{os.getpid()}.new")
-    new.mkdir()
-    try:
-        yield new
-        for path in new.iterdir():
-            sync(path)
-        new.replace(output)  # an empty folder may be replaced
-        sync(output.parent)
-    finally:
-        discard(new)
+    final = final.expanduser().absolute()
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise ModelError(f"{final} exists already; name a new folder, or remove it first.")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    beside = final.with_name(f".writing-{final.name}")
+    with locked(final.with_name(f".lock-{final.name}")) as held:
+        if not held:
+            raise ModelError(f"{final} is being written by another process; wait for it, or name another folder.")
+        try:
+            discard(beside)  # of a process that was killed
+            beside.mkdir()
+            yield beside
+            for path in [*beside.iterdir(), beside]:
+                sync(path)
+            beside.replace(final)  # an empty folder there is replaced, one with something in it is not
+            sync(final.parent)
+        finally:
+            discard(beside)

@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from mlx_trainer.commands import COMMANDS
-from mlx_trainer.export.card import Card, base_of, model_card
-from mlx_trainer.export.contents import contents_of
-from mlx_trainer.export.run import run_of
+from mlx_trainer.export.publishing.card import Card, base_of, model_card
+from mlx_trainer.export.publishing.contents import contents_of
+from mlx_trainer.export.publishing.run import run_of
 from tests.export.folders import BASE, COMMIT, adapter, peft, run
 from tests.hub_files import OWNER
 

@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_trainer.export.combine import METHODS, combine
-from mlx_trainer.export.delta import read_adapter
-from mlx_trainer.export.merge import merge
+from mlx_trainer.export.merging.combine import METHODS, combine
+from mlx_trainer.export.merging.delta import read_adapter
+from mlx_trainer.export.merging.merge import merge
 from mlx_trainer.models.error import ModelError
 from tests.export.random_adapters import ROWS, random_adapter
 from tests.tiny import tiny_mistral

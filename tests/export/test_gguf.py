@@ -9,8 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_trainer.export.gguf import gguf
-from mlx_trainer.export.gguf_header import read_header
+from mlx_trainer.export.programs.gguf import gguf
+from mlx_trainer.export.programs.gguf_header import read_header
 from mlx_trainer.models import ModelError
 from tests.export import converter
 from tests.export.folders import adapter, peft

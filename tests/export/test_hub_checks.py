@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from mlx_trainer.export.hub import push
+from mlx_trainer.export.publishing.hub import push
 from mlx_trainer.models import ModelError
 from tests.export.folders import BASE, adapter, peft, run, weights
 from tests.hub_files import OWNER

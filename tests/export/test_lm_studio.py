@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_trainer.export.lm_studio import lm_studio
+from mlx_trainer.export.programs.lm_studio import lm_studio
 from mlx_trainer.models import ModelError
 from mlx_trainer.models.loading import tensor_names
 from tests.export.folders import adapter

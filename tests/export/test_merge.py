@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_trainer.export import saving
-from mlx_trainer.export.base import SAME_NAMES, main_dtype, open_base
-from mlx_trainer.export.delta import read_adapter
-from mlx_trainer.export.effect import SENTENCES, measure_effect, sentence_rows
-from mlx_trainer.export.merge import merge, merge_into, rounding
-from mlx_trainer.export.saving import save_weights
-from mlx_trainer.export.unmerge import check_unmerge
+from mlx_trainer.export.merging import saving
+from mlx_trainer.export.merging.base import SAME_NAMES, main_dtype, open_base
+from mlx_trainer.export.merging.delta import read_adapter
+from mlx_trainer.export.merging.effect import SENTENCES, measure_effect, sentence_rows
+from mlx_trainer.export.merging.merge import merge, merge_into, rounding
+from mlx_trainer.export.merging.saving import save_weights
+from mlx_trainer.export.merging.unmerge import check_unmerge
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.loading import load_model, load_tokenizer
 from tests.export.random_adapters import ROWS, random_adapter, tensors_of
@@ -394,7 +394,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         merge(adapter, tmp_path / "merged", rows=ROWS)
     monkeypatch.undo()
     code = (
-        "import resource, sys; from pathlib import Path; from mlx_trainer.export.merge import merge\n"
+        "import resource, sys; from pathlib import Path; from mlx_trainer.export.merging.merge import merge\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "merge(Path(sys.argv[1]), Path(sys.argv[2]), rows=[[1, 5, 6]])"
     )
@@ -408,7 +408,7 @@ def test_a_kill_leaves_no_model_folder_and_the_next_merge_clears_up(tmp_path: Pa
     base = tiny_mistral(tmp_path / "base")
     adapter = random_adapter(base, tmp_path / "adapter")
     code = (
-        "import os, sys; from pathlib import Path; from mlx_trainer.export.merge import merge\n"
+        "import os, sys; from pathlib import Path; from mlx_trainer.export.merging.merge import merge\n"
         "sys.modules[merge.__module__].measure_logits = lambda *a, **k: os.kill(os.getpid(), 9)\n"
         "merge(Path(sys.argv[1]), Path(sys.argv[2]), rows=[[1, 5, 6]])"
     )

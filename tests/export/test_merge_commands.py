@@ -10,7 +10,7 @@ import pytest
 from mlx_trainer.cli import main
 from mlx_trainer.commands import COMMANDS
 from mlx_trainer.export import combine, merge, read_adapter
-from mlx_trainer.export.combine import METHODS
+from mlx_trainer.export.merging.combine import METHODS
 from tests.export.random_adapters import random_adapter, tensors_of
 from tests.tiny import tiny_mistral
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_trainer.export.merge import merge
-from mlx_trainer.export.unmerge import check_unmerge
+from mlx_trainer.export.merging.merge import merge
+from mlx_trainer.export.merging.unmerge import check_unmerge
 from mlx_trainer.models.error import ModelError
 from tests.export.random_adapters import ROWS, random_adapter, tensors_of
 from tests.tiny import tiny_mistral

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_trainer.export.ollama import MISTRAL, modelfile, ollama
+from mlx_trainer.export.programs.ollama import MISTRAL, modelfile, ollama
 from mlx_trainer.models import ModelError
 from tests.export.converter import gguf
 from tests.export.folders import adapter, peft

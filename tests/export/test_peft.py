@@ -345,7 +345,7 @@ def test_nothing_is_overwritten(tmp_path: Path, adapter: Path) -> None:
     (tmp_path / "peft").mkdir()
     to_peft(adapter, tmp_path / "peft")
     before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "peft").iterdir())
-    with pytest.raises(FileExistsError, match="give a new or empty folder"):
+    with pytest.raises(ModelError, match="name a new folder"):
         to_peft(adapter, tmp_path / "peft")
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "peft").iterdir()) == before
 
@@ -428,7 +428,7 @@ def test_the_command_writes_and_tells(tmp_path: Path, adapter: Path, capsys: pyt
     assert cli.main(["export", there, back, "--to", "mlx", "--no-check"]) == 0
     assert capsys.readouterr().out.startswith(f"mlx-lm adapter in {back}, 4 layers: not checked")
     assert cli.main(["export", there, back, "--to", "mlx"]) == 2
-    assert capsys.readouterr().err == f"mlx-trainer: {back}: is there already; give a new or empty folder\n"
+    assert capsys.readouterr().err == f"mlx-trainer: {back} exists already; name a new folder, or remove it first.\n"
     assert cli.main(["export", there, str(tmp_path / "x"), "--to", "gguf"]) == 2
     assert "invalid choice: 'gguf'" in capsys.readouterr().err
     assert cli.main(["export", there, str(tmp_path / "x"), "--to", "peft"]) == 2

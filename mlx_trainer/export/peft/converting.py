@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 from mlx_trainer.export.checking import Difference, share
 from mlx_trainer.export.low_rank import Adapter
 from mlx_trainer.export.mlx_layout import read_mlx, write_mlx
-from mlx_trainer.export.output import fresh_folder
+from mlx_trainer.export.output import complete_folder
 from mlx_trainer.export.peft import layout, names
 from mlx_trainer.export.peft.agreement import check_logits
 from mlx_trainer.export.peft.formula import EMBEDDINGS, check_fits, layers_of, weight_of
@@ -115,7 +115,7 @@ def convert(
         check_fits(adapter, layers, adapter.base)
         check_tied(adapter, layers)
     check_weights(weights or {}, layers, directory)
-    with fresh_folder(output) as new:
+    with complete_folder(output) as new:
         if peft:
             write_peft(adapter, new, layers)
         else:

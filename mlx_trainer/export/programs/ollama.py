@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_trainer.export.contents import ADAPTER, MODEL, Contents, contents_of
-from mlx_trainer.export.gguf_header import read_header
+from mlx_trainer.export.programs.gguf_header import read_header
+from mlx_trainer.export.publishing.contents import ADAPTER, MODEL, Contents, contents_of
 from mlx_trainer.models import ModelError
 from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.monitoring import write_atomic

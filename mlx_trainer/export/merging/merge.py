@@ -11,10 +11,11 @@ from pathlib import Path
 import mlx.core as mx
 from attrs import asdict, evolve, frozen
 
-from mlx_trainer.export.base import Base, Packing, by_expert, open_base, quantization_of
-from mlx_trainer.export.delta import Adapter, read_adapter
-from mlx_trainer.export.effect import Rows, measure_effect, measure_logits, sentence_rows
-from mlx_trainer.export.saving import Store, Tensors, complete_folder, copy_files, save_weights, write_json
+from mlx_trainer.export.merging.base import Base, Packing, by_expert, open_base, quantization_of
+from mlx_trainer.export.merging.delta import Adapter, read_adapter
+from mlx_trainer.export.merging.effect import Rows, measure_effect, measure_logits, sentence_rows
+from mlx_trainer.export.merging.saving import Store, Tensors, copy_files, save_weights, write_json
+from mlx_trainer.export.output import complete_folder
 from mlx_trainer.models.arguments import check_dtype
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import ModelSettings

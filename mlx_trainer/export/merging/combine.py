@@ -18,9 +18,10 @@ import mlx.core as mx
 import numpy as np
 from attrs import frozen
 
-from mlx_trainer.export.delta import Adapter, read_adapter
-from mlx_trainer.export.saving import complete_folder, save_tensors, write_json
-from mlx_trainer.export.sums import Factors, Fit, Matrix, cat, dare, linear, svd, ties
+from mlx_trainer.export.merging.delta import Adapter, read_adapter
+from mlx_trainer.export.merging.saving import save_tensors, write_json
+from mlx_trainer.export.merging.sums import Factors, Fit, Matrix, cat, dare, linear, svd, ties
+from mlx_trainer.export.output import complete_folder
 from mlx_trainer.models.adapter_config import CONFIG, TENSORS
 from mlx_trainer.models.error import ModelError
 

@@ -1,6 +1,6 @@
 """How what was trained is used: the lines of a model card that a reader copies."""
 
-from mlx_trainer.export.contents import PEFT, Contents
+from mlx_trainer.export.publishing.contents import PEFT, Contents
 
 PROMPT = "Why is the sky blue?"
 

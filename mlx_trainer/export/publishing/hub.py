@@ -15,9 +15,9 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from mlx_trainer.export.card import Card, base_of, is_hub_name, is_repository, model_card
-from mlx_trainer.export.contents import KINDS, Contents, contents_of
-from mlx_trainer.export.run import Run, run_of
+from mlx_trainer.export.publishing.card import Card, base_of, is_hub_name, is_repository, model_card
+from mlx_trainer.export.publishing.contents import KINDS, Contents, contents_of
+from mlx_trainer.export.publishing.run import Run, run_of
 from mlx_trainer.models import ModelError
 from mlx_trainer.models.hub_errors import LOGIN, explained, hub_errors
 from mlx_trainer.monitoring import visible

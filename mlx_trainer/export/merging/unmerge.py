@@ -6,9 +6,9 @@ from pathlib import Path
 import mlx.core as mx
 from attrs import frozen
 
-from mlx_trainer.export.base import Base, by_expert, open_base
-from mlx_trainer.export.delta import Adapter, Update, read_adapter
-from mlx_trainer.export.merge import base_directory
+from mlx_trainer.export.merging.base import Base, by_expert, open_base
+from mlx_trainer.export.merging.delta import Adapter, Update, read_adapter
+from mlx_trainer.export.merging.merge import base_directory
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_config
 

@@ -9,32 +9,11 @@ import mlx.core as mx
 from attrs import asdict, evolve, frozen
 from mlx.utils import tree_flatten
 
-from mlx_trainer.export.delta import Adapter, Update
+from mlx_trainer.export.merging.delta import Adapter, Update
+from mlx_trainer.export.peft.names import SAME_NAMES
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import ModelSettings, normalised, read_config
 from mlx_trainer.models.loading import load_model, open_tensors, refuse_odd_files, tensor_names
-
-SAME_NAMES = (
-    "cohere",
-    "cohere2",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "granite",
-    "helium",
-    "llama",
-    "mistral",
-    "nemotron",
-    "olmo2",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "seed_oss",
-    "smollm3",
-    "starcoder2",
-)
-"""Architectures whose weights mlx-lm calls and shapes as transformers does."""
 
 EXPERTS = {"gate_proj": ("gate_proj", "w1"), "down_proj": ("down_proj", "w2"), "up_proj": ("up_proj", "w3")}
 """What the layers of a single expert are called in files, by mlx-lm's name of the stacked ones."""

@@ -5,8 +5,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from mlx_trainer.export.card import is_repository
-from mlx_trainer.export.contents import MODEL, contents_of
+from mlx_trainer.export.publishing.card import is_repository
+from mlx_trainer.export.publishing.contents import MODEL, contents_of
 from mlx_trainer.models import ModelError
 
 ROOT = "~/.lmstudio/models"

@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mlx_trainer.export.contents import ADAPTER, MODEL, PEFT, Contents, contents_of
-from mlx_trainer.export.gguf_header import Header, read_header
+from mlx_trainer.export.programs.gguf_header import Header, read_header
+from mlx_trainer.export.publishing.contents import ADAPTER, MODEL, PEFT, Contents, contents_of
 from mlx_trainer.models import ModelError
 from mlx_trainer.monitoring import mask_secrets, visible
 

@@ -11,10 +11,10 @@ from typing import Any
 from attrs import define
 
 from mlx_trainer.config import Config
-from mlx_trainer.export.contents import ADAPTER, MODEL, PEFT, Contents
-from mlx_trainer.export.markdown import is_number, table
-from mlx_trainer.export.run import Run
-from mlx_trainer.export.usage import usage
+from mlx_trainer.export.publishing.contents import ADAPTER, MODEL, PEFT, Contents
+from mlx_trainer.export.publishing.markdown import is_number, table
+from mlx_trainer.export.publishing.run import Run
+from mlx_trainer.export.publishing.usage import usage
 from mlx_trainer.monitoring import mask_secrets
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -1,0 +1,1 @@
+"""Hand-over to programs with formats of their own: llama.cpp, Ollama, LM Studio."""
