@@ -10,6 +10,7 @@ import pytest
 from mlx_trainer import cli
 from mlx_trainer.config import Config, load_config, to_yaml
 from mlx_trainer.config.keys import keys
+from tests.tiny import tiny_mistral
 
 HEAVY = ("mlx.nn", "mlx_lm", "transformers", "matplotlib", "rich", "ruamel", "cattrs", "mlx_trainer.build")
 
@@ -62,6 +63,23 @@ def test_the_module_runs_as_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "mlx_trainer", "tran"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "mlx-trainer: tran is not a command; did you mean train?\n"
+
+
+def test_pytorch_is_not_loaded_where_it_is_installed(tmp_path: Path) -> None:
+    """Not by a command that opens a tokenizer, nor for TensorBoard's files; a user's own import of it still works."""
+    pytest.importorskip("torch", reason="PyTorch is not installed (extra interop), so nothing could load it")
+    tiny_mistral(tmp_path / "base")
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "1+1?", "completion": "2"}\n' * 4)
+    command = ["-X", "importtime", "-m", "mlx_trainer", "inspect", "chats.jsonl", "--model", "base"]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert ("transformers" in loaded, "torch" in loaded) == (True, False)
+    code = (
+        "import sys\nfrom mlx_trainer.monitoring.event_file import load_tensorboardx as load\nload()\n"
+        "print('torch' in sys.modules)\nimport torch\nprint(torch.tensor(1).item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n1\n"
 
 
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

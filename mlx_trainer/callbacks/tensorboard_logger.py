@@ -6,7 +6,7 @@ from mlx_trainer.callback import Callback
 from mlx_trainer.callbacks.places import place, writable_folder
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.module import TrainerModule
-from mlx_trainer.monitoring.event_file import EventFile
+from mlx_trainer.monitoring.event_file import EventFile, load_tensorboardx
 from mlx_trainer.trainer import Trainer
 
 
@@ -29,8 +29,7 @@ class TensorBoardLogger(Callback):
     def setup(self, trainer: Trainer, module: TrainerModule, stage: str) -> None:
         """Refuse a folder that cannot be written, and import tensorboardX, before anything is loaded."""
         if stage == "fit":
-            import tensorboardX  # noqa: F401
-
+            load_tensorboardx()
             writable_folder(self._folder(trainer))
 
     def on_fit_start(self, trainer: Trainer, module: TrainerModule) -> None:

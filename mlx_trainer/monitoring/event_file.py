@@ -2,6 +2,7 @@
 
 import socket
 import struct
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
 PREFIX = "events.out.tfevents."
 
 
+def load_tensorboardx() -> None:
+    """Import tensorboardX, but not PyTorch, which it would load for 0.8 s to name a type; it still can later."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # what is None there cannot be imported
+    try:
+        import tensorboardX  # noqa: F401
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+
+
 class EventFile:
     """A new event file in `folder`; what is written is with the operating system at once, so that a kill loses nothing.
 
@@ -24,6 +37,7 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        load_tensorboardx()
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self.path = next_path(make_folder(folder))
