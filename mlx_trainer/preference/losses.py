@@ -58,7 +58,7 @@ def log_odds(log_probability: mx.array) -> mx.array:
 def log1mexp(x: mx.array) -> mx.array:
     """Return log(1 - exp(x)) for x < 0, of full precision near 0 and far from it.
 
-    Mächler, https://cran.r-project.org/web/packages/Rmpfr/vignettes/log1mexp-note.pdf, equation 7.
+    Martin Mächler, "Accurately Computing log(1 - exp(-|a|))", 2012, equation 7.
     """
     near = x > -0.6931472
     # Each branch sees only what it is for: the gradient of the other would be 0 · inf there.
