@@ -50,9 +50,7 @@ class Adapter:
 def products(
     inputs: Sequence[mx.array], make: Make, linears: Sequence[nn.Module], adapters: Sequence[Adapter]
 ) -> tuple[mx.array, ...]:
-    """What each of `linears`, all frozen, makes of x = `make(*inputs)` (positions, in).
-
-    Beside the first of them are the `adapters`.
+    """What each of `linears`, all frozen, the first with the `adapters`, makes of x = `make(*inputs)` (positions, in).
 
     Gradients flow to the inputs and the adapters, to each in its own type. But for the order of sums, and fewer
     roundings, the numbers are those of separate layers. `make` trains nothing, and is run again for the gradient.
