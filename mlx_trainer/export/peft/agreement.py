@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_trainer.export.checking import Difference, difference, logits_of, same_function, sample_ids
 from mlx_trainer.export.low_rank import Adapter
@@ -17,18 +18,21 @@ from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.libraries import quiet_imports
 from mlx_trainer.models.loading import open_tensors
 
+HALF = (mx.float16, mx.bfloat16)
+
 
 def check_logits(model: nn.Module, adapter: Adapter, mlx: Path, peft: Path, *, exported: bool) -> Difference:
     """Return how far the logits of both layouts are apart on the base `model`; raises ModelError where they differ."""
     ids = sample_ids(vocabulary(model))
     originals = {path: layer for path, layer in layers_of(model).items() if path in adapter.layers}
-    base = logits_of(model, ids)
+    parameters: Any = tree_flatten(model.parameters())
+    base, half = logits_of(model, ids), any(value.dtype in HALF for _, value in parameters)
     by_peft = logits_of(adapted(model, peft_layers(originals, peft)), ids)
     adapted(model, originals)
     by_mlx = logits_of(mlx_adapted(model, mlx), ids)
     expected, other = (by_mlx, by_peft) if exported else (by_peft, by_mlx)
     found = difference(expected, other)
-    if not same_function(base, expected, other):
+    if not same_function(base, expected, other, half=half):
         raise ModelError(
             f"What was written of the adapter does not compute the same: {found}. Nothing was left behind."
         )

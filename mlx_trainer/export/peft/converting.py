@@ -57,8 +57,8 @@ def to_peft(
     `base`, a folder or Hub name, is by default the one that the adapter names. Where it is at hand, or given, its
     logits with the adapter and with what was written are compared; `check=False` leaves that out. `plain` writes one
     rank and alpha without rsLoRA, for programs that read no more. `loading` may say `dtype` (float32), `revision` and
-    `cache_dir`. Raises ModelError, and leaves nothing, for what PEFT's layout cannot
-    carry and where the logits differ; OSError where `output` has something in it.
+    `cache_dir`. Raises ModelError, and leaves nothing, for what PEFT's layout cannot carry, where the logits differ,
+    and where `output` has something in it.
     """
     if is_peft(adapter):
         raise ModelError(f"{adapter} is a PEFT adapter already; from_peft (--to mlx) takes it the other way.")
