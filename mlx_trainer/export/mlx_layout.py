@@ -21,12 +21,10 @@ from mlx_trainer.export.low_rank import (
     tensors_of,
     trimmed,
 )
+from mlx_trainer.models.adapter_config import CONFIG, TENSORS
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.monitoring import visible
-
-TENSORS = "adapters.safetensors"
-CONFIG = "adapter_config.json"
 
 
 def read_mlx(directory: Path) -> Adapter:

@@ -17,12 +17,13 @@ from mlx_trainer.export.mlx_layout import read_mlx, write_mlx
 from mlx_trainer.export.output import complete_folder
 from mlx_trainer.export.peft import layout, names
 from mlx_trainer.export.peft.agreement import check_logits
-from mlx_trainer.export.peft.formula import EMBEDDINGS, check_fits, layers_of, weight_of
+from mlx_trainer.export.peft.formula import EMBEDDINGS, check_fits, layers_of
 from mlx_trainer.export.peft.layout import is_peft, read_peft, write_peft
 from mlx_trainer.models import source
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_config as read_settings
 from mlx_trainer.models.loading import load_model
+from mlx_trainer.models.lora.layers import dense_weight
 
 Base = str | os.PathLike[str] | None
 
@@ -178,7 +179,7 @@ def check_weights(weights: Mapping[str, mx.array], layers: Mapping[str, Any] | N
                 "to compare it with, or save the adapter with save_embedding_layers=False."
             )
         layer = layers[path]
-        own = weight_of(layer) if not hasattr(layer, "bits") else None
+        own = dense_weight(layer) if not hasattr(layer, "bits") else None
         if layer.weight.shape[0] != weight.shape[0] or (own is not None and share(weight - own, own) > 0.01):
             raise ModelError(
                 f"{directory} has a base weight of {path} that is not the base's; merge the adapter in PEFT."

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlx_trainer.export.low_rank import Adapter
 from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.lora.layers import dense_weight, dimensions
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 LINEARS = (nn.Linear, nn.QuantizedLinear)
@@ -34,7 +35,7 @@ class PeftLayer(nn.Module):
         if self.m is None:
             return y + delta.astype(y.dtype)
         bias = self.base.get("bias", mx.array(0.0, y.dtype))
-        norm = mx.linalg.norm(weight_of(self.base) + self.scaling * (self.b @ self.a), axis=1)
+        norm = mx.linalg.norm(dense_weight(self.base) + self.scaling * (self.b @ self.a), axis=1)
         result: mx.array = bias + ((self.m / norm) * (y - bias + delta)).astype(y.dtype)
         return result
 
@@ -42,15 +43,6 @@ class PeftLayer(nn.Module):
         """Return the logits of a head that is the embedding itself: PEFT leaves it as it was."""
         y: mx.array = self.base.as_linear(x)
         return y
-
-
-def weight_of(layer: Any) -> mx.array:
-    """Return the weight, (out, in) in float32, of a linear layer, packed or not."""
-    if not hasattr(layer, "bits"):
-        weight: mx.array = layer.weight
-        return weight.astype(mx.float32)
-    packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), dtype=mx.float32, **packing)
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
@@ -66,8 +58,7 @@ def check_fits(adapter: Adapter, layers: Mapping[str, Any], base: str) -> None:
                 f"The adapter has {path}, which is no linear layer or embedding of {base}; is it the base?"
             )
         layer = layers[path]
-        outputs, inputs = layer.weight.shape
-        inputs = inputs * 32 // layer.bits if hasattr(layer, "bits") else inputs
+        inputs, outputs = dimensions(layer)
         wanted = (outputs, inputs) if isinstance(layer, EMBEDDINGS) else (inputs, outputs)
         sizes = found.a.shape[0], found.b.shape[1]
         if sizes != wanted:
