@@ -20,7 +20,7 @@ SECONDS, FEWEST = 1.0, 5
 PASSES = {"lora": 4, "full": 6, "dpo": 6, "orpo": 4}
 """FLOP for a token and a weight: 2 forward, 2 backward to the activations and, where it trains, 2 to the weight.
 
-DPO's reference is 2 more.
+DPO's reference is 2 more, in each step unless it was computed before.
 """
 
 

@@ -168,10 +168,12 @@ def ceiling_of(config: Config, module: CausalLMModule, reached: Speed) -> Ceilin
     weights = weights_passed(module.model)
     if weights is None:
         return None
+    method = config.training.method
+    known = method == "dpo" and config.preference.precompute_ref_log_probs  # then a step has no reference to compute
     return ceiling(
         matmul_rate(config.model.dtype),
         weights,
-        config.training.method,
+        "lora" if known else method,
         tokens_per_s=reached.tokens_per_s,
         trained_tokens_per_s=reached.trained_tokens_per_s,
         positions_per_s=reached.positions_per_s,

@@ -9,12 +9,11 @@ import numpy as np
 
 from mlx_trainer import runtime
 from mlx_trainer.data.batches.loader import BatchLayout, BatchLoader
-from mlx_trainer.data.batches.pairs import FloatArray
 from mlx_trainer.data.batches.plan import split
 from mlx_trainer.data.batches.shapes import Budget
 from mlx_trainer.data.duplicates import find_leaks, tell_leaks
 from mlx_trainer.data.encoding.encoder import CompletionStyle, SampleEncoder
-from mlx_trainer.data.encoding.tokenizer import ChatTokenizer
+from mlx_trainer.data.encoding.tokenizer import ChatTokenizer, FloatArray
 from mlx_trainer.data.encoding.truncation import TRUNCATIONS, Truncation
 from mlx_trainer.data.refusals import MAX_BAD_SHARE, check_vocabulary, refuse_unusable, tell_notes
 from mlx_trainer.data.samples.conversation import DataError

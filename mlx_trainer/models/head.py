@@ -1,4 +1,7 @@
-"""Head and loss over the positions that predict a trained token, in parts: the logits never exist all at once."""
+"""Head and loss over the positions that predict a trained token, in parts.
+
+With a frozen head the logits never exist all at once; one that trains keeps them for its gradient.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -36,7 +36,7 @@ class Answers:
 def unpadded_answers(model: Any, states: mx.array, batch: Any, vocabulary: int) -> Answers:
     """The answers of an unpadded batch, of the `states` (predictions, hidden) that predict its targets.
 
-    The logits of all predictions never exist at once, neither here nor for the gradient.
+    With a frozen head the logits of all predictions never exist at once, neither here nor for the gradient.
     """
     losses = head_losses(model, states, batch, vocabulary)
     rows, length = batch.grid.shape

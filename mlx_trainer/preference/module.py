@@ -102,8 +102,8 @@ class DPOModule(PreferenceModule):
 
     def ratio(self, answers: Answers, reference: mx.array) -> mx.array:
         """Return log π - log π_ref of each answer, (pairs,): summed over its tokens, for "ipo" their mean as in TRL."""
-        ratio = answers.log_probabilities - reference
-        return ratio / mx.maximum(answers.tokens, 1) if self.loss_type == "ipo" else ratio
+        ratios = Answers(answers.log_probabilities - reference, answers.tokens)
+        return ratios.means if self.loss_type == "ipo" else ratios.log_probabilities
 
     def reference(self, batch: Any) -> mx.array:
         """Return the reference's log-probability of each answer, (rows,): the batch's own, or the base's."""

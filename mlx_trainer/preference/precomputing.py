@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_trainer.data import BatchLoader, DataPipeline
-from mlx_trainer.data.batches.pairs import FloatArray
+from mlx_trainer.data.encoding.tokenizer import FloatArray
 from mlx_trainer.data.store.rows import Rows
 from mlx_trainer.models import ModelError
 from mlx_trainer.preference.module import DPOModule

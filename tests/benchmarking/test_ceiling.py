@@ -1,15 +1,17 @@
 """The limit that matrix products set."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
 from mlx_trainer.benchmarking import ceiling as ceilings
+from mlx_trainer.benchmarking import measuring
 from mlx_trainer.benchmarking.ceiling import MatmulRate, ceiling, matmul_rate, weights_passed
 from mlx_trainer.benchmarking.memory import memory_of, size_gb
-from mlx_trainer.config import LoRAConfig
+from mlx_trainer.config import LoRAConfig, load_config
 from mlx_trainer.models.loading import load_model
 from mlx_trainer.models.lora import inject_lora
 from tests.tiny import VOCABULARY, tiny_mistral
@@ -43,6 +45,28 @@ def test_the_limit_and_how_much_of_it_is_reached() -> None:
     assert (found.share, found.computed_share) == (100 / 300, 125 / 300)
     found = ceiling(rate, (900, 200), "full", **speeds)
     assert (found.flop_per_token, found.limit_tokens_per_s, found.share) == (6000, 200, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "flop"),
+    [
+        ({"training.method": "lora"}, 4),
+        ({"training.method": "dpo"}, 6),
+        ({"training.method": "dpo", "preference.precompute_ref_log_probs": True}, 4),
+        ({"training.method": "orpo"}, 4),
+    ],
+)
+def test_a_reference_counts_where_a_step_computes_it(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object], flop: int
+) -> None:
+    """DPO's is two more, and nothing more where it was computed before."""
+    monkeypatch.setattr(measuring, "weights_passed", lambda model: (900, 200))
+    monkeypatch.setattr(measuring, "matmul_rate", lambda dtype: MatmulRate(dtype, 1024, flop_per_s=1.2e6))
+    config = load_config(overrides={"data.dataset_path": "pairs.jsonl", **options})
+    reached = SimpleNamespace(tokens_per_s=100.0, trained_tokens_per_s=50.0, positions_per_s=125.0)
+    found = measuring.ceiling_of(config, SimpleNamespace(model=None), reached)
+    assert found is not None
+    assert found.flop_per_weight == flop
 
 
 def test_the_rate_is_that_of_the_quickest_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,13 +135,28 @@ def test_equals_the_loss_written_out(
         predictions = sum(row.trained_tokens for row in rows) + 1
         batches = [collate_unpadded(rows, shape_of(rows, p, spare), predictions) for p in sorted({0, prefix})]
         for batch in (*batches, collate(rows, shape_of(rows, 0, spare))):
-            total, weight, ours, metrics = found(module, batch)
+            total, weight, ours, _ = found(module, batch)
             assert (weight, batch.metadata.pairs) == (len(sizes), len(sizes))
             assert total == pytest.approx(loss, rel=1e-5, abs=1e-7 * likely)
-            assert metrics["rewards/margins"] == pytest.approx(
-                metrics["rewards/chosen"] - metrics["rewards/rejected"], abs=1e-4
-            )
             assert_close(ours, gradients, BETA * steepest)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_metrics_are_those_written_out(modules: dict[str, PreferenceModule], base: nn.Module, name: str) -> None:
+    """Log-probabilities, and as rewards β times what they gained on the base, for ORPO λ times their means."""
+    rows, module = pairs_of([(4, 3, 7), (2, 9, 5), (6, 1, 8)]), modules[name]
+    metrics = found(module, collate(rows, shape_of(rows)))[3]
+    which = 1 if name in ("ipo", "orpo") else 0  # of means, or of sums
+    rewards = {}
+    for side, own in (("chosen", rows[::2]), ("rejected", rows[1::2])):
+        ours, theirs = ([written_out(model, row) for row in own] for model in (module.model, base))
+        assert metrics[f"logps/{side}"] == pytest.approx(sum(one[0].item() for one in ours), rel=1e-5)
+        gained = [one[which] - (0 if name == "orpo" else other[which]) for one, other in zip(ours, theirs, strict=True)]
+        rewards[side] = [(0.7 if name == "orpo" else BETA) * one.item() for one in gained]
+        assert metrics[f"rewards/{side}"] == pytest.approx(sum(rewards[side]), rel=1e-4)
+    margins = [one - other for one, other in zip(rewards["chosen"], rewards["rejected"], strict=True)]
+    assert metrics["rewards/margins"] == pytest.approx(sum(margins), rel=1e-4)
+    assert metrics["rewards/accuracies"] == sum(margin > 0 for margin in margins)
 
 
 def test_the_reference_is_the_base_bit_for_bit(folder: Path, base: nn.Module) -> None:
@@ -219,3 +234,12 @@ def test_options_out_of_range_are_refused(folder: Path, options: dict[str, Any],
     """Each with what would be right."""
     with pytest.raises(ModelError, match=error):
         DPOModule(folder, **options)
+
+
+def test_options_of_others_are_refused(folder: Path) -> None:
+    """A negative weight of the odds, and noise that is for another loss."""
+    with pytest.raises(ModelError, match="orpo_lambda is -1; it must be 0 or more"):
+        ORPOModule(folder, orpo_lambda=-1)
+    for kind in (DPOModule, ORPOModule):
+        with pytest.raises(ModelError, match="neftune_noise_alpha is for next-token training"):
+            kind(folder, neftune_noise_alpha=5.0)

@@ -16,11 +16,12 @@ from mlx_trainer import runtime
 from mlx_trainer.data.batches.classes import TOKEN_STEP
 from mlx_trainer.data.batches.mixing import Mixture
 from mlx_trainer.data.batches.padded import Batch, collate
-from mlx_trainer.data.batches.pairs import FloatArray, pair_strata, referred
+from mlx_trainer.data.batches.pairs import pair_strata, referred
 from mlx_trainer.data.batches.plan import EpochPlan, PlannedBatch, plan, starts_of
 from mlx_trainer.data.batches.shapes import Budget, Lengths, Shape, round_up
 from mlx_trainer.data.batches.strata import Indices, Stratum, plain, strata_of
 from mlx_trainer.data.batches.unpadded import UnpaddedBatch, collate_unpadded
+from mlx_trainer.data.encoding.tokenizer import FloatArray
 from mlx_trainer.data.samples.conversation import DataError
 from mlx_trainer.data.store.rows import Rows
 from mlx_trainer.data.store.store import TokenRow

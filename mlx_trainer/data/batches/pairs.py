@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from attrs import field, fields, frozen
-from numpy.typing import NDArray
 
 from mlx_trainer.data.batches.classes import ROUNDS_PER_CLASS
 from mlx_trainer.data.batches.mixing import Mixture
@@ -16,9 +15,8 @@ from mlx_trainer.data.batches.padded import Batch
 from mlx_trainer.data.batches.shapes import Budget, Lengths, length_classes, round_up
 from mlx_trainer.data.batches.strata import Stratum
 from mlx_trainer.data.batches.unpadded import UnpaddedBatch
+from mlx_trainer.data.encoding.tokenizer import FloatArray
 from mlx_trainer.data.store.rows import Rows
-
-FloatArray = NDArray[np.float32]
 
 
 @frozen(eq=False)
