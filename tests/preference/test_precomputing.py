@@ -56,7 +56,7 @@ def test_the_run_is_the_same_without_a_forward_of_the_base(folder: Path, tmp_pat
     assert calls > none == 0
     assert abs(expected["rewards/margins"]) > 0.01
     for key in ("train/loss", "train/rewards/margins", "rewards/chosen", "rewards/margins"):
-        assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5)
+        assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5)
 
 
 def test_a_second_start_reads_it(folder: Path, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_second_start_reads_it(folder: Path, tmp_path: Path) -> None:
 
 def test_all_weights_train_with_it(folder: Path, tmp_path: Path) -> None:
     """Full fine-tuning compares with the model as it was: rewards begin at zero, and the margin rises."""
-    module = module_of(folder, lora=None, learning_rate=1e-3)
+    module = module_of(folder, lora=None, learning_rate=1e-4)
     data = data_of(folder, module, tmp_path, train_split=1.0, batch_size=8)
     precompute_reference(module, data)
     before = Trainer().validate(module, data.train_loader()).metrics

@@ -120,7 +120,7 @@ def test_compiled_it_is_the_same(folder: Path) -> None:
     plain, traced = third(False), third(True)
     assert traced["train/rewards/margins"] > 0.01
     for name in ("train/loss", "train/rewards/margins", "train/logps/rejected"):
-        assert traced[name] == pytest.approx(plain[name], rel=1e-3)
+        assert traced[name] == pytest.approx(plain[name], rel=1e-4)
 
 
 def test_the_loss_is_part_of_what_a_run_is(folder: Path) -> None:
@@ -178,7 +178,7 @@ def test_any_architecture_has_a_padded_way(folder: Path) -> None:
         losses.append(Trainer(max_steps=3, log_every=1).fit(module, data).metrics["train/loss"])
         assert module.batch_layout == ("padded" if kind is OwnForward else "unpadded")
         assert not isinstance(module, OwnForward) or module.asked >= 2
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] < 0.69
 
 
