@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-import tempfile
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,11 @@ def read(place: Path, count: int) -> FloatArray | None:
 def write(place: Path, values: FloatArray) -> None:
     """Keep `values` at `place`, whole or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".partial", delete=False) as file:
-        np.save(file, values)
-    Path(file.name).rename(place)
+    beside = place.with_name(f".{place.name}.{os.urandom(4).hex()}.partial")
+    try:
+        with beside.open("xb") as file:
+            np.save(file, values)
+            os.fsync(file.fileno())
+        beside.replace(place)
+    finally:
+        beside.unlink(missing_ok=True)
