@@ -1,4 +1,4 @@
-"""How a run trains, in the compiled step: each option goes on bit for bit after a stop, and changes what it says."""
+"""How a run trains, in the compiled step: each option goes on bit for bit after a stop."""
 
 import json
 from collections.abc import Mapping

@@ -195,6 +195,7 @@ class ModelCheckpoint(Callback):
         if trainer.step_output is None and same_files(result, self.store.latest()):
             logger.info("this run has ended already (%s): there is nothing left to do", trainer.stop_reason)
             return
+        trained = module.model.trainable_parameters()
         for callback in trainer.events.callbacks:
             module.model.update(callback.result_parameters(module))
 
@@ -202,7 +203,11 @@ class ModelCheckpoint(Callback):
             module.save(directory)
             check_finite(directory)
 
-        write_directory(result, save)
+        try:
+            write_directory(result, save)
+        except BaseException:
+            module.model.update(trained)  # which is what a checkpoint on the way out must hold
+            raise
 
     def teardown(self, trainer: Trainer, module: TrainerModule, stage: str) -> None:
         """Let other runs have the folder."""

@@ -39,7 +39,7 @@ class ModelConfig:
 class LoRAConfig:
     """Low-rank adapters: `y = W x + scale · B A x` on each target layer (https://arxiv.org/abs/2106.09685).
 
-    The names are PEFT's, `docs/adapters.md` has the formula and the source of each.
+    The names are PEFT's but for the first three, `docs/adapters.md` has the formula and the source of each.
     """
 
     rank: int = option("Rank of the adapters", 16, COUNT)

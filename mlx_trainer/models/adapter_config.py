@@ -17,6 +17,7 @@ from mlx_trainer.models.last_layers import trained_blocks
 from mlx_trainer.models.loading import open_tensors
 from mlx_trainer.models.lora import DoRALinear, adapted_layers, rank_of
 from mlx_trainer.models.lora.layout import Layout
+from mlx_trainer.models.lora.targets import blocks
 
 TENSORS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -73,12 +74,10 @@ def description(layers: Mapping[str, Any]) -> LoRAConfig:
 
 def layer_keys(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Return `paths` as mlx-lm's keys: relative to a block (`self_attn.q_proj`) where each block has it, else whole."""
-    blocks = {id(block) for block in model.layers}
-    prefixes = [path for path, module in model.named_modules() if id(module) in blocks]
-    owners: dict[str, list[str]] = {}
+    prefixes, owners = blocks(model), dict[str, list[str]]()
     for path in paths:
-        prefix = next((prefix for prefix in prefixes if path.startswith(f"{prefix}.")), None)
-        owners.setdefault(path if prefix is None else path.removeprefix(f"{prefix}."), []).append(path)
+        prefix = next((prefix for prefix in prefixes if path.startswith(prefix)), "")
+        owners.setdefault(path.removeprefix(prefix), []).append(path)
     everywhere = {key for key, owned in owners.items() if len(owned) == len(prefixes) or owned == [key]}
     return sorted(key for owner, owned in owners.items() for key in ([owner] if owner in everywhere else owned))
 

@@ -106,7 +106,7 @@ def check_scale(layers: Mapping[str, Any], written: Written, path: Path) -> None
         scale = written.scale_of(name)
         if scale is not None and not math.isclose(scale, layer.scale, rel_tol=1e-6):
             raise ModelError(
-                f"{path} has scale {scale}, but {name} has alpha / rank = {layer.scale}; set lora.alpha so."
+                f"{path} has scale {scale}, but {name} has {layer.scale}; set lora.alpha, or what else scales it, so."
             )
 
 

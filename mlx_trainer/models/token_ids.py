@@ -52,7 +52,7 @@ def check_ids(batch: Any, vocabulary: int) -> None:
         if ids.size == 0 or (ids.min() >= 0 and ids.max() < vocabulary):
             continue
         wrong = (ids < 0) | (ids >= vocabulary)
-        if name != "input_ids":
+        if name == "labels":
             wrong &= ids != IGNORED
         if wrong.any():
             place = int(np.flatnonzero(wrong)[0])

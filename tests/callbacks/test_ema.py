@@ -1,3 +1,4 @@
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_trainer.callback import Callback
-from mlx_trainer.callbacks import EMA, Evaluation, LambdaCallback, ModelCheckpoint, NaNGuard
+from mlx_trainer.callbacks import EMA, Evaluation, LambdaCallback, ModelCheckpoint, NaNGuard, model_checkpoint
 from mlx_trainer.checkpoint import CheckpointError, load_tensors
 from mlx_trainer.module import WEIGHTS_FILE
 from mlx_trainer.snapshot import CALLBACKS_FILE
@@ -138,6 +139,25 @@ def test_an_evaluation_that_fails_leaves_what_was_trained(tmp_path: Path) -> Non
         fit(callbacks, None, batches(2, seed=1))
     saved, trained = load_tensors(tmp_path / "checkpoints" / "step-00000004" / WEIGHTS_FILE), parameters(seen.after[4])
     assert all(np.array_equal(np.array(saved[name]).ravel(), value) for name, value in trained.items())
+
+
+def test_a_result_that_cannot_be_written_leaves_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The average was in the model to be written; the checkpoint on the way out holds the trained parameters."""
+
+    def full(path: Path, save: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(model_checkpoint, "write_directory", full)
+    seen = Snapshots()
+    with pytest.raises(OSError, match="No space left"):
+        fit([EMA(0.9), seen, ModelCheckpoint(tmp_path, every=None, save_at_end=False)])
+    last = max(seen.after)
+    saved = load_tensors(tmp_path / "checkpoints" / f"step-{last:08d}" / WEIGHTS_FILE)
+    assert all(
+        np.array_equal(np.array(saved[name]).ravel(), value) for name, value in parameters(seen.after[last]).items()
+    )
 
 
 def test_another_decay_is_another_run(tmp_path: Path) -> None:

@@ -90,13 +90,14 @@ def test_evaluation_is_of_the_loss_alone(tmp_path: Path) -> None:
 
 
 def test_the_gradient_is_that_of_the_three_factors(tmp_path: Path) -> None:
-    """Against central differences of the loss for one entry of each factor."""
+    """Against central differences of the loss, for the entry of each factor that it depends on most."""
     module = module_in(tmp_path / "base")
     batch = collate_unpadded(ROWS, TIGHT, 30)
     _, _, gradients = loss_and_gradients(module, batch)
     layer = module.model.model.layers[1].mlp.up_proj
     for name in ("lora_a", "lora_e", "lora_b"):
-        values, at, ends = layer[name], (2, 0), []
+        gradient = np.array(gradients[f"model.layers.1.mlp.up_proj.{name}"])
+        values, at, ends = layer[name], np.unravel_index(np.abs(gradient).argmax(), gradient.shape), []
         for shift in (1e-2, -1e-2):
             moved = np.array(values)
             moved[at] += shift
@@ -104,7 +105,7 @@ def test_the_gradient_is_that_of_the_three_factors(tmp_path: Path) -> None:
             ends.append(loss_and_gradients(module, batch)[0])
         layer[name] = values
         expected = (ends[0] - ends[1]) / 2e-2
-        assert gradients[f"model.layers.1.mlp.up_proj.{name}"][at].item() == pytest.approx(expected, rel=0.05, abs=0.02)
+        assert gradient[at] == pytest.approx(expected, rel=0.02)
 
 
 def run(folder: Path) -> tuple[AdaLoRAModule, Any]:

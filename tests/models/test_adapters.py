@@ -165,7 +165,7 @@ def test_another_scale_is_refused(tmp_path: Path) -> None:
     save_adapters(adapted(base), tmp_path)
     other = adapted(base, LoRAConfig(rank=4, alpha=8.0, target_modules=LORA.target_modules))
     with pytest.raises(
-        ModelError, match=r"has scale 1\.5, but model\.layers\.0\.mlp\.down_proj has alpha / rank = 2\.0"
+        ModelError, match=r"has scale 1\.5, but model\.layers\.0\.mlp\.down_proj has 2\.0; set lora\.alpha"
     ):
         load_adapters(other, tmp_path)
 

@@ -121,7 +121,7 @@ def dimensions(layer: Any) -> tuple[int, int]:
 
 
 def dense_weight(layer: Any) -> mx.array:
-    """The weight of `layer` in float32, (out, in), dequantized where it is packed."""
+    """The weight of `layer` as float32, (out, in); a packed one as MLX rounds it, to the type of its scales."""
     if "scales" not in layer:
         weight: mx.array = layer.weight.astype(mx.float32)
         return weight
