@@ -7,6 +7,8 @@ are not. A view costs the device nothing, the host 1 to 3 µs, and nothing is fu
 `benchmarks/first_step.py` counts kernels.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 INTEGERS = {1: (mx.uint8, mx.int8), 2: (mx.uint16, mx.int16), 4: (mx.uint32, mx.int32), 8: (mx.uint64, mx.int64)}
@@ -17,6 +19,13 @@ def on_its_own(x: mx.array) -> mx.array:
     """Return `x` such that what made it and what follows are not fused with it; without a gradient."""
     unsigned, signed = INTEGERS[x.dtype.size]
     return x.view(signed if x.dtype == unsigned else unsigned).view(x.dtype)
+
+
+def one_by_one(scalar: mx.array, *operations: Callable[[mx.array], mx.array]) -> mx.array:
+    """Return what `operations`, single ones, make of `scalar` in turn, none fused with another."""
+    for operation in operations:
+        scalar = mx.contiguous(operation(scalar))  # one is contiguous as it is, so that nothing is copied
+    return scalar
 
 
 def spread(scalar: mx.array, like: mx.array) -> mx.array:

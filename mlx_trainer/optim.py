@@ -12,17 +12,19 @@ from attrs import frozen
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_map_with_path
 
+from mlx_trainer.fusion import one_by_one
+
 log = logging.getLogger("mlx_trainer.optim")
 
 Schedule = Callable[[mx.array], mx.array]
 """The learning rate of an update from the number of updates before it, both scalars."""
-Decay = Callable[[mx.array], mx.array]
-"""The share left of what decays, 1 to 0, from the progress after the warm-up, 0 to 1."""
+Decay = tuple[Callable[[mx.array], mx.array], ...]
+"""The operations that make the share left of what decays, 1 to 0, of the progress after the warm-up, 0 to 1."""
 
 SCHEDULES: dict[str, Decay] = {
-    "constant": mx.ones_like,
-    "linear": lambda progress: 1 - progress,
-    "cosine": lambda progress: 0.5 * (1 + mx.cos(math.pi * progress)),
+    "constant": (mx.ones_like,),
+    "linear": (lambda progress: 1 - progress,),
+    "cosine": (lambda progress: math.pi * progress, mx.cos, lambda cosine: 1 + cosine, lambda double: 0.5 * double),
 }
 
 
@@ -39,10 +41,46 @@ class Settings:
         return default if self.betas is None else self.betas[0]
 
 
+class AdamW(optimizers.AdamW):
+    """AdamW (https://arxiv.org/abs/1711.05101) of which everything that is done to one parameter is one kernel.
+
+    With gradient g, moments m and v, decay d and t updates, this one counted, as in the paper and in torch:
+
+        m = β₁ m + (1 - β₁) g       v = β₂ v + (1 - β₂) g²
+        p = (1 - rate d) p - rate / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)
+
+    What is the same for all parameters is computed by itself, and √(1 - β₂ᵗ) moved, so that few operations follow each
+    other: `mx.compile` fuses eleven. MLX's own leaves p's bias uncorrected by default.
+    """
+
+    accepted: mx.array | None = None
+    """Where it is given and false, `update` leaves every parameter and moment as it is, bit for bit."""
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        """Return the updated parameter, and put its moments into `state`."""
+        (b1, b2), dtype, accepted = self.betas, gradient.dtype, self.accepted
+
+        def corrected(beta: float) -> mx.array:
+            return one_by_one(self.step, lambda t: t.astype(mx.float32), lambda t: beta**t, lambda power: 1 - power)
+
+        def chosen(new: mx.array, old: mx.array) -> mx.array:
+            return new if accepted is None else mx.where(accepted, new, old)
+
+        root = one_by_one(corrected(b2), mx.sqrt)
+        left = one_by_one(self.learning_rate, lambda rate: rate * self.weight_decay, lambda decay: 1 - decay)
+        length = one_by_one(self.learning_rate, lambda rate: rate * root, lambda rate: rate / corrected(b1))
+        left, length, least = (
+            scalar.astype(dtype) for scalar in (left, length, one_by_one(root, lambda r: r * self.eps))
+        )
+        m = state["m"] = chosen(b1 * state["m"] + (1 - b1) * gradient, state["m"])
+        v = state["v"] = chosen(b2 * state["v"] + (1 - b2) * mx.square(gradient), state["v"])
+        return chosen(left * parameter - length * m / (mx.sqrt(v) + least), parameter)
+
+
 def adamw(settings: Settings) -> Optimizer:
-    """Return AdamW with bias correction, as in its paper and in torch; MLX leaves that off by default."""
+    """Return AdamW with bias correction."""
     betas = list(settings.betas or (0.9, 0.999))
-    return optimizers.AdamW(settings.rate, betas=betas, weight_decay=settings.weight_decay, bias_correction=True)
+    return AdamW(settings.rate, betas=betas, weight_decay=settings.weight_decay, bias_correction=True)
 
 
 def adam(settings: Settings) -> Optimizer:
@@ -170,10 +208,13 @@ def build_schedule(
     length = max(1, (total_steps or 0) - warmup)
 
     def rate(step: mx.array) -> mx.array:
-        k = step.astype(mx.float32)
-        progress = mx.clip((k - warmup) / length, 0.0, 1.0)
-        share = minimum_ratio + (1 - minimum_ratio) * decay(progress)
-        return learning_rate * mx.where(k < warmup, (k + 1) / max(warmup, 1), share)
+        k = one_by_one(step, lambda step: step.astype(mx.float32))
+        since = one_by_one(k, lambda k: k - warmup, lambda k: k / length)
+        progress = one_by_one(since, lambda share: mx.maximum(share, 0), lambda share: mx.minimum(share, 1))
+        left = one_by_one(progress, *decay, lambda left: (1 - minimum_ratio) * left, lambda left: minimum_ratio + left)
+        risen = one_by_one(k, lambda k: k + 1, lambda k: k / max(warmup, 1))
+        rising = one_by_one(k, lambda k: k < warmup)
+        return one_by_one(rising, lambda rising: mx.where(rising, risen, left), lambda share: learning_rate * share)
 
     return rate
 

@@ -21,7 +21,7 @@ import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
 from mlx_trainer.failure import TrainingError, dispatched
-from mlx_trainer.fusion import spread
+from mlx_trainer.fusion import on_its_own, spread
 from mlx_trainer.module import LossOutput, TrainerModule
 from mlx_trainer.traced import Gradients, assign, copied, from_tree, leaves, restored_on_error, shape_key, to_tree
 
@@ -37,11 +37,15 @@ ArrayUpdate = Callable[..., dict[str, Any]]
 
 @attrs.frozen(eq=False, slots=False)
 class StepContext:
-    """What traced callbacks may look at: the step's mean loss, its weight, its gradients before any transform."""
+    """What traced callbacks may look at: the step's mean loss, its weight, its gradients before any transform.
+
+    `reported` are the scalars that the transforms before have reported, by name.
+    """
 
     loss: mx.array
     weight: mx.array
     gradients: Gradients
+    reported: dict[str, mx.array] = attrs.field(factory=dict)
 
     @cached_property
     def grad_norm(self) -> mx.array:
@@ -160,32 +164,50 @@ class TrainStep:
         divisor = mx.maximum(weight.astype(mx.float32), SMALLEST)  # nothing trained: the gradient is zero, not 0/0
         gradients = tree_map(lambda g: g / spread(divisor, g), gradients)
         context = StepContext(total / weight, weight, gradients)
-        values: dict[str, mx.array] = {}
         for transform in self.transforms:
             gradients, reported = transform(gradients, context)
-            values |= reported
+            context.reported.update(reported)
         learning_rate, verdicts = self._optimize(gradients, context)
-        return total, weight, metrics, values, learning_rate, verdicts
+        return total, weight, metrics, context.reported, learning_rate, verdicts
 
     def _optimize(self, gradients: Gradients, context: StepContext) -> tuple[mx.array | None, dict[str, mx.array]]:
         model, optimizer = self.module.model, self.optimizer
         parameters, state, arrays = model.trainable_parameters(), copied(optimizer.state), copied(self.arrays)
         verdicts = {name: guard(context.loss, gradients, context) for name, guard in self.guards.items()}
-        optimizer.update(model, tree_map(lambda g, p: g.astype(p.dtype), gradients, parameters))
+        accepted = mx.stack(list(verdicts.values())).all() if verdicts else None
+        gradients = tree_map(lambda g, p: g.astype(p.dtype), gradients, parameters)
+        refusing = updated_where(accepted, optimizer, model, gradients)
         learning_rate = current_learning_rate(optimizer)
         updated = model.trainable_parameters()
         assign(self.arrays, {name: update(arrays[name], updated, context) for name, update in self.updates.items()})
-        if not verdicts:
+        if accepted is None:
             return learning_rate, verdicts
-        accepted = mx.stack(list(verdicts.values())).all()
 
         def chosen(new: mx.array, old: mx.array) -> mx.array:
-            return mx.where(accepted, new, old)
+            return mx.where(accepted, new if new.ndim else on_its_own(new), old)
 
-        model.update(tree_map(chosen, updated, parameters))
-        assign(optimizer.state, tree_map(chosen, copied(optimizer.state), state))
+        if not refusing:
+            model.update(tree_map(chosen, updated, parameters))
+        whole = {name: value for name, value in state.items() if not (refusing and isinstance(value, dict))}
+        assign(optimizer.state, {name: tree_map(chosen, optimizer.state[name], old) for name, old in whole.items()})
         assign(self.arrays, tree_map(chosen, copied(self.arrays), arrays))
         return learning_rate, verdicts
+
+
+def updated_where(accepted: mx.array | None, optimizer: Any, model: nn.Module, gradients: Gradients) -> bool:
+    """Update `model`; whether the optimizer leaves parameters and moments as they are where `accepted` is false.
+
+    One that has an attribute `accepted` does, see `optim.AdamW`.
+    """
+    refusing = accepted is not None and hasattr(optimizer, "accepted")
+    if refusing:
+        optimizer.accepted = accepted
+    try:
+        optimizer.update(model, gradients)
+    finally:
+        if refusing:
+            del optimizer.accepted
+    return refusing
 
 
 def as_sums(output: LossOutput) -> Sums:

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optimizers
 import pytest
 from mlx.optimizers import Optimizer
 
@@ -73,6 +74,36 @@ def test_adamw_equals_the_paper_with_bias_correction() -> None:
         moved = (m / (1 - 0.8**t)) / (math.sqrt(v / (1 - 0.9**t)) + 1e-8)
         expected = expected * (1 - 0.1 * 0.05) - 0.1 * moved
     assert weights["w"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_adamw_is_mlxs_own_with_bias_correction(dtype: mx.Dtype) -> None:
+    """Ten updates with a changing rate, but for roundings; each parameter keeps its type."""
+    rate = build_schedule("cosine", 0.01, 10, 3)
+    ours = build_optimizer("adamw", 0.01, schedule="cosine", total_steps=10, warmup_steps=3, weight_decay=0.1)
+    ends = []
+    for optimizer in (ours, optimizers.AdamW(rate, betas=[0.9, 0.999], weight_decay=0.1, bias_correction=True)):
+        weights = {"w": mx.random.normal((8, 8), key=mx.random.key(0)).astype(dtype)}
+        for t in range(10):
+            gradients = {"w": mx.random.normal((8, 8), key=mx.random.key(t + 1)).astype(dtype)}
+            weights = optimizer.apply_gradients(gradients, weights)
+        ends.append((weights["w"], optimizer.state["w"]["m"], optimizer.state["w"]["v"]))
+    for own, mlxs in zip(*ends, strict=True):
+        assert own.dtype == mlxs.dtype == dtype
+        assert mx.allclose(own, mlxs, rtol=1e-6 if dtype == mx.float32 else 0.02, atol=1e-7).item()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_adamw_leaves_everything_as_it_is_where_an_update_is_refused(bad: float) -> None:
+    """Bit for bit, zeros that are negative too."""
+    optimizer = build_optimizer("adamw", 0.1)
+    weights = optimizer.apply_gradients({"w": mx.array([1.0, -1.0, 1.0])}, {"w": mx.array([1.0, 2.0, 3.0])})
+    optimizer.state["w"] |= {"m": mx.array([-0.0, 0.0, 1e-40]), "v": mx.array([0.0, 1e-30, 2.0])}
+    before = weights["w"], *optimizer.state["w"].values()
+    optimizer.accepted = mx.array(False)
+    weights = optimizer.apply_gradients({"w": mx.array([bad, 1.0, -1.0])}, weights)
+    after = weights["w"], *optimizer.state["w"].values()
+    assert [a.view(mx.uint32).tolist() for a in after] == [b.view(mx.uint32).tolist() for b in before]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

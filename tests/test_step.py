@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_trainer import LossOutput
+from mlx_trainer.optim import OPTIMIZERS, build_optimizer
 from mlx_trainer.step import StepContext, TrainStep, global_norm
 from mlx_trainer.traced import nonfinite
 from tests.toy import ToyBatch, ToyModule, toy_batches, weights, with_nan
@@ -104,12 +105,14 @@ def raw_loop(batches: Sequence[ToyBatch], accumulate: int) -> dict[str, Any]:
     return weights(module)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_nan_batch_leaves_parameters_and_optimizer_state_bit_identical(accumulate: int) -> None:
+def test_a_nan_batch_leaves_parameters_and_optimizer_state_bit_identical(accumulate: int, name: str) -> None:
     """The guarded update is not made, the optimizer's step counter included, and the next step trains."""
     good, bad = toy_batches((4, 3)), [with_nan(batch) for batch in toy_batches((4, 3), seed=1)]
     module = ToyModule()
-    step = built(module, accumulate=accumulate, guards={"finite": finite})
+    optimizer = build_optimizer(name, 0.01, schedule="linear", total_steps=10)
+    step = built(module, optimizer, accumulate=accumulate, guards={"finite": finite})
 
     accepted = [step(good[:accumulate]).verdicts["finite"]]
     before = weights(module), optimizer_state(step)

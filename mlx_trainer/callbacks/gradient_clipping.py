@@ -7,9 +7,8 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_trainer.callback import Callback, Gradients
-from mlx_trainer.fusion import all_finite, on_its_own, spread
+from mlx_trainer.fusion import all_finite, on_its_own
 from mlx_trainer.step import StepContext, global_norm
-from mlx_trainer.traced import leaves
 
 
 class GradientClipping(Callback):
@@ -52,8 +51,8 @@ class GradientClipping(Callback):
         return gradients, {"grad_norm": norm}
 
     def accept_update(self, loss: mx.array, gradients: Gradients, context: StepContext) -> mx.array:
-        """Whether the norm was finite: else `clip_by_norm` made every element NaN, so one of them tells."""
-        return mx.array(True) if self.max_norm is None else all_finite(leaves(gradients)[0].reshape(-1)[0])
+        """Whether the norm was finite: else `clip_by_norm` made every element NaN."""
+        return mx.array(True) if self.max_norm is None else all_finite(context.reported["grad_norm"])
 
 
 def clip_by_value(gradients: Gradients, max_value: float) -> Gradients:
@@ -66,4 +65,4 @@ def clip_by_norm(gradients: Gradients, norm: mx.array, max_norm: float) -> Gradi
     ratio = on_its_own(max_norm / on_its_own(norm + 1e-6))
     scale = on_its_own(mx.minimum(ratio, 1.0)) + on_its_own(norm * 0)
     # Multiplied in float32: a small scale would be 0 in float16.
-    return tree_map(lambda g: (g.astype(mx.float32) * spread(scale, g)).astype(g.dtype), gradients)
+    return tree_map(lambda g: (g.astype(mx.float32) * scale).astype(g.dtype), gradients)

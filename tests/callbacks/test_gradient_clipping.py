@@ -107,12 +107,14 @@ def test_a_norm_of_zero_leaves_zeros() -> None:
 @pytest.mark.parametrize("bad", [[1.0, float("inf")], [float("nan"), 1.0], [1e30, 1.0]])
 def test_a_norm_that_is_not_finite_is_skipped_not_zeroed(bad: list[float]) -> None:
     """Scaled by 1/inf, the finite gradients would silently be 0; all become NaN, and the update is refused."""
-    clipped, _ = clip({"a": mx.array([1.0, 2.0]), "b": mx.array(bad)})
+    gradients = {"a": mx.array([1.0, 2.0]), "b": mx.array(bad)}
+    clipped, norm = clip(gradients)
     assert all(np.isnan(np.array(leaf)).all() for leaf in clipped.values())
-    guard = GradientClipping()
-    context = StepContext(mx.array(1.0), mx.array(1.0), GRADIENTS)
-    assert not guard.accept_update(context.loss, clipped, context).item()
-    assert guard.accept_update(context.loss, clip(GRADIENTS)[0], context).item()
+    one, guard = mx.array(1.0), GradientClipping()
+    refused = StepContext(one, one, gradients, {"grad_norm": mx.array(norm)})
+    assert not guard.accept_update(one, clipped, refused).item()
+    accepted = StepContext(one, one, GRADIENTS, {"grad_norm": mx.array(clip(GRADIENTS)[1])})
+    assert guard.accept_update(one, clip(GRADIENTS)[0], accepted).item()
 
 
 def test_without_nan_guard_an_infinite_gradient_changes_nothing() -> None:
