@@ -28,13 +28,13 @@ KERNELS = ("ptx", "so")
 
 
 def kernels() -> list[str]:
-    """The names of the kernels in this process's folders; a long name is cut into folders."""
-    folders = {os.environ["MLX_PTX_CACHE_DIR"], os.environ["TMPDIR"]}
-    return sorted(str(path) for kind in KERNELS for folder in folders for path in Path(folder).rglob(f"*.{kind}"))
+    """The names of the kernels in this process's folder; a long name is cut into folders."""
+    return sorted(str(path) for kind in KERNELS for path in Path(os.environ["TMPDIR"]).rglob(f"*.{kind}"))
 
 
 def ours(folder: Path, arguments: argparse.Namespace, lap: Callable[[str], None]) -> None:
-    """One epoch of this library's trainer, as in `mistral_7b.py`."""
+    """One epoch of this library's trainer, as in `mistral_7b.py`; like `mlx-trainer` it hides PyTorch."""
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     import mlx.core as mx
 
     from mlx_trainer import Callback, GradientClipping, LoRAConfig, MistralLoRAModule, NaNGuard, Trainer
