@@ -49,8 +49,8 @@ class AdamW(optimizers.AdamW):
         m = β₁ m + (1 - β₁) g       v = β₂ v + (1 - β₂) g²
         p = (1 - rate d) p - rate / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)
 
-    What is the same for all parameters is computed by itself, and √(1 - β₂ᵗ) moved, so that few operations follow each
-    other: `mx.compile` fuses eleven. MLX's own leaves p's bias uncorrected by default.
+    What is the same for all parameters is computed by itself, and the last fraction made longer by √(1 - β₂ᵗ), so that
+    few operations follow each other: `mx.compile` fuses eleven. By default MLX's own corrects no bias.
     """
 
     accepted: mx.array | None = None
@@ -67,14 +67,13 @@ class AdamW(optimizers.AdamW):
             return new if accepted is None else mx.where(accepted, new, old)
 
         root = one_by_one(corrected(b2), mx.sqrt)
-        left = one_by_one(self.learning_rate, lambda rate: rate * self.weight_decay, lambda decay: 1 - decay)
-        length = one_by_one(self.learning_rate, lambda rate: rate * root, lambda rate: rate / corrected(b1))
-        left, length, least = (
-            scalar.astype(dtype) for scalar in (left, length, one_by_one(root, lambda r: r * self.eps))
-        )
+        kept = one_by_one(self.learning_rate, lambda rate: rate * self.weight_decay, lambda decay: 1 - decay)
+        rate = one_by_one(self.learning_rate, lambda rate: rate * root, lambda rate: rate / corrected(b1))
+        epsilon = one_by_one(root, lambda root: root * self.eps)
+        kept, rate, epsilon = kept.astype(dtype), rate.astype(dtype), epsilon.astype(dtype)
         m = state["m"] = chosen(b1 * state["m"] + (1 - b1) * gradient, state["m"])
         v = state["v"] = chosen(b2 * state["v"] + (1 - b2) * mx.square(gradient), state["v"])
-        return chosen(left * parameter - length * m / (mx.sqrt(v) + least), parameter)
+        return chosen(kept * parameter - rate * m / (mx.sqrt(v) + epsilon), parameter)
 
 
 def adamw(settings: Settings) -> Optimizer:
