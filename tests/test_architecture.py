@@ -11,7 +11,7 @@ PACKAGE = Path(mlx_trainer.__file__).parent
 ROOT = PACKAGE.parent
 
 # What each room may import of ours. A room is a folder or a file directly in the package.
-LEAVES = {"runtime", "monitoring", "config", "folders", "safetensors_file", "zstd"}
+LEAVES = {"runtime", "eval_mode", "monitoring", "config", "folders", "safetensors_file", "zstd"}
 CORE = {
     "trainer",
     "step",
@@ -42,6 +42,7 @@ ALLOWED = {
     "state": set(),
     "traced": {"state"},
     "module": set(),
+    "eval_mode": set(),
     "folders": set(),
     "zstd": set(),
     "checkpoint": {"folders", "safetensors_file", "zstd"},
