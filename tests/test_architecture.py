@@ -69,11 +69,12 @@ ALLOWED = {
     "callbacks": LEAVES | CORE,
     "run_folder": CORE | LEAVES | {"callbacks", "data", "models"},
     "build": CORE | LEAVES | {"run_folder", "callbacks", "data", "export", "models", "optim", "preference"},
+    "trained": CORE | LEAVES | {"build", "data", "export", "models"},
     "benchmarking": CORE | LEAVES | {"_blas", "build", "data", "models"},
     "replaying": CORE | LEAVES | {"build", "data", "models"},
     "chat": LEAVES | {"models"},
     "export": LEAVES | {"models", "module"},
-    "commands": {"benchmarking", "build", "chat", "export", "prompts", "replaying"}
+    "commands": {"benchmarking", "build", "chat", "export", "prompts", "replaying", "trained"}
     | CORE
     | LEAVES
     | {"data", "models"},
