@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
 from attrs import asdict, evolve
 
 from mlx_trainer.callback import Callback
@@ -27,15 +26,9 @@ from mlx_trainer.callbacks import (
     SampleGenerator,
     TensorBoardLogger,
 )
-from mlx_trainer.config import Config, ConfigError, DataConfig, ModelConfig, unwise
+from mlx_trainer.config import Config, ModelConfig, unwise
 from mlx_trainer.data import DataPipeline, DataReport, render, report_on
-from mlx_trainer.evaluation import EvalMetrics
-from mlx_trainer.export.peft import in_mlx_layout
 from mlx_trainer.models import AdaLoRAModule, CausalLMModule, MistralLoRAModule
-from mlx_trainer.models.adapter_config import TENSORS, lora_of
-from mlx_trainer.models.hf_config import read_json
-from mlx_trainer.models.last_layers import blocks_named, unfreeze_last
-from mlx_trainer.models.loading import open_tensors
 from mlx_trainer.monitoring import (
     make_folder,
     setup_logging,
@@ -92,55 +85,6 @@ def inspect(config: Config, rows: int = 2) -> DataReport:
         return build_report(config, build_data(config, module), module, rows)
 
 
-def evaluate(config: Config, adapter: str | None = None, *, whole: bool = False) -> EvalMetrics:
-    """Return loss and perplexity on the held-out rows of `config`, or on the `whole` dataset.
-
-    Of preferences these are loss and rewards. Raises ConfigError where no row is held out, or no adapter has them.
-    """
-    if config.training.on_preferences and (adapter is None or lora_of(Path(adapter)) is None):
-        raise ConfigError(f"training.method {config.training.method} is evaluated with an adapter; name its --adapter")
-    if whole:
-        config = evolve(config, data=whole_data(config.data))
-    with setup_logging(level="WARNING"):
-        kind, options = method_of(config)
-        module = trained_module(config.model, adapter, kind, **options)
-        data = build_data(config, module)
-        loader = data.train_loader() if whole else data.validation_loader()
-        if loader is None:
-            raise ConfigError(f"{', '.join(config.data.train_paths)}: no row is held out; lower data.train_split")
-        return Trainer().validate(module, loader)
-
-
-def whole_data(data: DataConfig) -> DataConfig:
-    """All rows of the dataset, each once whatever its weight, and none held out."""
-    path = data.dataset_path if isinstance(data.dataset_path, str) else list(data.train_paths)
-    return evolve(data, dataset_path=path, train_split=1.0, shuffle=False, validation_path=None)
-
-
-def answering(model: ModelConfig, adapter: str | None = None) -> CausalLMModule:
-    """Return `model`, with an adapter where one is given, loaded and ready for `generate` and `stream`."""
-    with setup_logging(level="WARNING"):
-        module = trained_module(model, adapter)
-        module.setup("predict")
-        return module
-
-
-def base_of(adapter: Path) -> str | None:
-    """Return the name of the model that an adapter was trained on, None where its configuration does not tell."""
-    path = adapter / "adapter_config.json"
-    written = read_json(path) if path.exists() else None
-    name = written.get("model", written.get("base_model_name_or_path")) if isinstance(written, dict) else None
-    return name if isinstance(name, str) else None
-
-
-class BaseModel(CausalLMModule):
-    """A model as it stands, without adapters, to be measured and not trained."""
-
-    def inject_lora(self, model: nn.Module) -> nn.Module:
-        """Return the model unchanged."""
-        return model
-
-
 def build_module(config: Config) -> CausalLMModule:
     """Return the module that `config` describes; the model itself is loaded at its `setup`."""
     training = config.training
@@ -182,25 +126,6 @@ def prepare(config: Config, module: CausalLMModule, data: DataPipeline) -> None:
     if isinstance(module, DPOModule) and config.preference.precompute_ref_log_probs:
         precompute_reference(module, data)
     module.setup("fit")
-
-
-def trained_module(
-    model: ModelConfig, adapter: str | None, kind: type[CausalLMModule] = CausalLMModule, **options: Any
-) -> CausalLMModule:
-    """Return `model` with the weights in the folder `adapter`, which may be PEFT's, or as it stands; loaded.
-
-    With adapters it is a module of `kind`, made with `options`.
-    """
-    arguments, name = base_arguments(model), model.model_name
-    if adapter is None:
-        return BaseModel(name, **arguments)
-    with in_mlx_layout(Path(adapter)) as folder:
-        lora = lora_of(folder)
-        module = BaseModel(name, **arguments) if lora is None else kind(name, lora=lora, **arguments, **options)
-        if lora is None:
-            unfreeze_last(module.model, blocks_named(open_tensors(folder / TENSORS)))
-        module.load(folder)
-    return module
 
 
 def base_arguments(model: ModelConfig) -> dict[str, Any]:

@@ -37,7 +37,8 @@ by a rollback.
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -203,6 +204,18 @@ class Events:
         for callback, _ in (bound := self._bind("update_arrays")):
             callback.arrays = callback.initial_arrays(module)
         return {callback.name: callback.arrays for callback, _ in bound}
+
+    @contextmanager
+    def result_in(self, module: "TrainerModule") -> Iterator[None]:
+        """Let `module` have what the finished result holds, for good unless the block fails."""
+        trained = module.model.trainable_parameters()
+        try:
+            for callback in self.callbacks:
+                module.model.update(callback.result_parameters(module))
+            yield
+        except BaseException:
+            module.model.update(trained)  # which is what a checkpoint on the way out must hold
+            raise
 
     def latest_checkpoint(self) -> Path | None:
         """The newest good checkpoint that a callback knows of."""

@@ -3,14 +3,13 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 import mlx.core as mx
-import mlx.nn as nn
 
+from mlx_trainer.eval_mode import eval_mode
 from mlx_trainer.state import preserved_random_state
 from mlx_trainer.traced import from_tree, number, restored_on_error, shape_key, to_tree
 
@@ -106,7 +105,7 @@ class EvaluationStep:
         start = time.perf_counter()
         counts: Counter[str] = Counter()
         sums: list[Any] = []
-        with evaluating(self.module.model):
+        with eval_mode(self.module.model):
             for batch in batches:
                 self.module.check_batch(batch)
                 sums.append(self._batch_sums(to_tree(batch)))
@@ -148,19 +147,8 @@ def weighted_means(sums: Sequence[Mapping[str, tuple[mx.array, mx.array]]]) -> d
 def predictions(module: "TrainerModule", batches: Iterable[Any]) -> list[Any]:
     """`module.predict(batch)` for each batch, computed, the model in eval mode."""
     outputs = []
-    with evaluating(module.model):
+    with eval_mode(module.model):
         for batch in batches:
             outputs.append(module.predict(from_tree(to_tree(batch))))
             mx.eval(outputs[-1])
     return outputs
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; its former mode comes back even after an error (in eval mode nothing is dropped)."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -11,7 +11,7 @@ PACKAGE = Path(mlx_trainer.__file__).parent
 ROOT = PACKAGE.parent
 
 # What each room may import of ours. A room is a folder or a file directly in the package.
-LEAVES = {"runtime", "monitoring", "config", "folders", "safetensors_file", "zstd"}
+LEAVES = {"runtime", "eval_mode", "monitoring", "config", "folders", "safetensors_file", "zstd"}
 CORE = {
     "trainer",
     "step",
@@ -42,6 +42,7 @@ ALLOWED = {
     "state": set(),
     "traced": {"state"},
     "module": set(),
+    "eval_mode": set(),
     "folders": set(),
     "zstd": set(),
     "checkpoint": {"folders", "safetensors_file", "zstd"},
@@ -68,11 +69,12 @@ ALLOWED = {
     "callbacks": LEAVES | CORE,
     "run_folder": CORE | LEAVES | {"callbacks", "data", "models"},
     "build": CORE | LEAVES | {"run_folder", "callbacks", "data", "export", "models", "optim", "preference"},
+    "trained": CORE | LEAVES | {"build", "data", "export", "models"},
     "benchmarking": CORE | LEAVES | {"_blas", "build", "data", "models"},
     "replaying": CORE | LEAVES | {"build", "data", "models"},
     "chat": LEAVES | {"models"},
     "export": LEAVES | {"models", "module"},
-    "commands": {"benchmarking", "build", "chat", "export", "prompts", "replaying"}
+    "commands": {"benchmarking", "build", "chat", "export", "prompts", "replaying", "trained"}
     | CORE
     | LEAVES
     | {"data", "models"},

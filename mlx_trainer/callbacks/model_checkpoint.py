@@ -6,30 +6,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from attrs import asdict, frozen
+from attrs import asdict
 
 from mlx_trainer.callback import Callback
-from mlx_trainer.callbacks.monitor import check_mode, improves, monitored
+from mlx_trainer.callbacks.monitor import Best, check_mode, improves, monitored
 from mlx_trainer.callbacks.places import place, writable_folder
 from mlx_trainer.callbacks.timing import check_every
-from mlx_trainer.checkpoint import CheckpointStore, check_finite, same_run, write_directory
+from mlx_trainer.checkpoint import CheckpointStore, check_level, same_run, write_finite
 from mlx_trainer.evaluation import EvalMetrics
 from mlx_trainer.folders import same_files
 from mlx_trainer.module import TrainerModule
 from mlx_trainer.snapshot import can_be_frozen
 from mlx_trainer.traced import nbytes
 from mlx_trainer.trainer import Trainer
-from mlx_trainer.zstd import zstd
 
 logger = logging.getLogger(__name__)
-
-
-@frozen
-class Best:
-    """The best value of the monitored metric, and the step that had it."""
-
-    step: int
-    value: float
 
 
 class ModelCheckpoint(Callback):
@@ -80,11 +71,8 @@ class ModelCheckpoint(Callback):
             raise ValueError(f"ModelCheckpoint: keep_last is {keep_last}; it must be 1 or more, or None to keep all")
         self.directory, self.every, self.keep_last = directory, check_every(every, "ModelCheckpoint"), keep_last
         self.monitor, self.mode, self.save_at_end = monitor, check_mode(mode), save_at_end
-        if compress is not None:
-            zstd()
-            if not 1 <= compress <= 19:
-                raise ValueError(f"ModelCheckpoint: compress is {compress}; it must be a level from 1 to 19, or None")
-        self.background, self.save_on_exception, self.compress = background, save_on_exception, compress
+        self.background, self.save_on_exception = background, save_on_exception
+        self.compress = check_level(compress, "ModelCheckpoint")
         self._store: CheckpointStore | None = None
         self._lock = ExitStack()
         self._reset()
@@ -154,12 +142,14 @@ class ModelCheckpoint(Callback):
             if improves(value, None if self.best is None else self.best.value, self.mode):
                 self._candidate = Best(step, value)
                 trainer.request_checkpoint()
-        if self.save_at_end and trainer.stop_reason is not None and self._saved_step != step:
-            trainer.request_checkpoint()
+        self._ask_at_end(trainer)
 
     def on_epoch_end(self, trainer: Trainer, module: TrainerModule, epoch: int) -> None:
         """Ask, after the last step."""
-        if self.save_at_end and trainer.stop_reason and self._saved_step != trainer.state.step:
+        self._ask_at_end(trainer)
+
+    def _ask_at_end(self, trainer: Trainer) -> None:
+        if self.save_at_end and trainer.stop_reason and self._unsaved(trainer):
             trainer.request_checkpoint()
 
     def on_checkpoint(self, trainer: Trainer, module: TrainerModule, step: int) -> Path | None:
@@ -176,9 +166,12 @@ class ModelCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, module: TrainerModule, error: BaseException) -> None:
         """Save the last finished step, unless it is saved, is not finite, or nothing but the end is wanted."""
-        unsaved = self._saved_step not in (None, trainer.state.step) and not isinstance(error, KeyboardInterrupt)
-        if self.save_on_exception and unsaved and trainer.is_sound():
+        wanted = self.save_on_exception and not isinstance(error, KeyboardInterrupt)
+        if wanted and self._unsaved(trainer) and trainer.is_sound():
             self._save_now(trainer)
+
+    def _unsaved(self, trainer: Trainer) -> bool:
+        return self._saved_step not in (None, trainer.state.step)  # None: the run has not begun
 
     def _save_now(self, trainer: Trainer) -> Path:
         self._saved_step = trainer.state.step
@@ -189,25 +182,14 @@ class ModelCheckpoint(Callback):
 
         Before it the last step, where a signal came too late for `on_epoch_end` to see it.
         """
-        if self.save_at_end and trainer.step_output is not None and self._saved_step != trainer.state.step:
+        if self.save_at_end and self._unsaved(trainer):
             trainer.events.emit("on_checkpoint_saved", trainer, module, self._save_now(trainer))
         result = self.store.directory.parent / module.artifact
         if trainer.step_output is None and same_files(result, self.store.latest()):
             logger.info("this run has ended already (%s): there is nothing left to do", trainer.stop_reason)
             return
-        trained = module.model.trainable_parameters()
-        for callback in trainer.events.callbacks:
-            module.model.update(callback.result_parameters(module))
-
-        def save(directory: Path) -> None:
-            module.save(directory)
-            check_finite(directory)
-
-        try:
-            write_directory(result, save)
-        except BaseException:
-            module.model.update(trained)  # which is what a checkpoint on the way out must hold
-            raise
+        with trainer.events.result_in(module):
+            write_finite(result, module.save)
 
     def teardown(self, trainer: Trainer, module: TrainerModule, stage: str) -> None:
         """Let other runs have the folder."""

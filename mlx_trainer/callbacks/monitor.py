@@ -4,9 +4,19 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+from attrs import frozen
+
 from mlx_trainer.trainer import TrainingError
 
 Mode = Literal["min", "max"]
+
+
+@frozen
+class Best:
+    """The best value so far, and the step that had it."""
+
+    step: int
+    value: float
 
 
 def check_mode(mode: str) -> Mode:

@@ -1,8 +1,8 @@
 """Checkpoints: directories that are complete or absent, verified before anything in them is read."""
 
-from mlx_trainer.checkpoint.compressed import load_tensors
+from mlx_trainer.checkpoint.compressed import check_level, load_tensors
 from mlx_trainer.checkpoint.directory import write_directory
-from mlx_trainer.checkpoint.finite import check_finite
+from mlx_trainer.checkpoint.finite import check_finite, write_finite
 from mlx_trainer.checkpoint.manifest import FORMAT_VERSION, MANIFEST, CheckpointError, seal, verify
 from mlx_trainer.checkpoint.runs import same_run
 from mlx_trainer.checkpoint.saves import Saves
@@ -16,10 +16,12 @@ __all__ = [
     "CheckpointStore",
     "Saves",
     "check_finite",
+    "check_level",
     "load_tensors",
     "same_run",
     "seal",
     "step_of",
     "verify",
     "write_directory",
+    "write_finite",
 ]

@@ -15,6 +15,15 @@ CHUNK = 1 << 16
 """Bytes that are decompressed at once: each can stand for 32,768."""
 
 
+def check_level(level: int | None, owner: str) -> int | None:
+    """Return `level`, from 1 to 19, or None for none. Raises ValueError, or ImportError where Python has no zstd."""
+    if level is not None:
+        zstd()
+        if not 1 <= level <= 19:
+            raise ValueError(f"{owner}: compress is {level}; it must be a level from 1 to 19, or None")
+    return level
+
+
 def compress(path: Path, level: int) -> None:
     """Replace a file by what `zstd -d` makes the same bytes of; both are in memory meanwhile.
 

@@ -1,10 +1,12 @@
 """Whether the numbers of a saved model are all finite, found in the file itself: what was written is what counts."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from mlx_trainer.checkpoint.directory import write_directory
 from mlx_trainer.checkpoint.manifest import CheckpointError
 
 EXPONENTS = {
@@ -21,6 +23,16 @@ CHUNK = 1 << 20
 
 class NotFiniteError(CheckpointError):
     """A parameter has NaN or infinity in it."""
+
+
+def write_finite(final: Path, write: Callable[[Path], None]) -> None:
+    """As `write_directory`, but what has NaN or infinity in it is not put there; raises NotFiniteError too."""
+
+    def fill(directory: Path) -> None:
+        write(directory)
+        check_finite(directory)
+
+    write_directory(final, fill)
 
 
 def check_finite(directory: Path) -> None:

@@ -75,13 +75,13 @@ def chat(given: Given) -> int:
 
 def module_of(given: Given) -> "CausalLMModule":
     """The model that is meant, ready to answer; with an adapter and no name, the adapter's own base."""
-    from mlx_trainer import build
+    from mlx_trainer import trained
 
     values: dict[str, Any] = {key.removeprefix("model."): value for key, value in overrides(given).items()}
     adapter = given.get("adapter")
-    if adapter is not None and "model_name" not in values and (base := build.base_of(Path(adapter))) is not None:
+    if adapter is not None and "model_name" not in values and (base := trained.base_name(Path(adapter))) is not None:
         values["model_name"] = base
-    return build.answering(ModelConfig(**values), adapter)
+    return trained.answering(ModelConfig(**values), adapter)
 
 
 def options_of(given: Given) -> dict[str, Any]:

@@ -9,10 +9,10 @@ def evaluate(given: Given) -> int:
     Where the recipe is for preferences: the loss, how often the chosen answer has the higher reward, and by how much.
     """
     config = config_of(given)
-    from mlx_trainer import build
+    from mlx_trainer import trained
 
     # Data files are meant whole; a recipe means the rows that its training holds back.
-    metrics = build.evaluate(config, given.get("adapter"), whole=bool(split_inputs(given["inputs"])[1]))
+    metrics = trained.evaluate(config, given.get("adapter"), whole=bool(split_inputs(given["inputs"])[1]))
     print(f"loss        {metrics.loss:.4f}")
     if config.training.on_preferences:
         print(f"accuracy    {metrics.metrics['rewards/accuracies']:.4f}")

@@ -1,6 +1,6 @@
 """What leaves a training for other programs, and the proof that they compute the same."""
 
-from mlx_trainer.export.checking import Difference, compare_logits
+from mlx_trainer.export.checking import Difference
 from mlx_trainer.export.merging.combine import Combined, combine
 from mlx_trainer.export.merging.delta import read_adapter
 from mlx_trainer.export.merging.merge import Merged, base_directory, merge
@@ -14,7 +14,6 @@ __all__ = [
     "base_directory",
     "check_unmerge",
     "combine",
-    "compare_logits",
     "merge",
     "read_adapter",
 ]

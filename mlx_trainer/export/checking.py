@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 from attrs import frozen
 
+from mlx_trainer.eval_mode import eval_mode
 from mlx_trainer.module import TrainerModule
 
 ROUNDING = 1e-5
@@ -34,24 +35,15 @@ class Difference:
         )
 
 
-def compare_logits(expected: Any, other: Any, ids: mx.array) -> Difference:
-    """Return how far the logits of `other` are from those of `expected` on `ids` (rows, length).
-
-    Both are a `TrainerModule` or a model that maps ids to logits; they run in eval mode, one after the other.
-    """
-    return difference(logits_of(expected, ids), logits_of(other, ids))
-
-
 def logits_of(module_or_model: Any, ids: mx.array) -> mx.array:
-    """Return the logits, (rows, length, vocabulary) in float32, without dropout; the mode is afterwards what it was."""
+    """Return the logits, (rows, length, vocabulary) in float32, of a `TrainerModule` or a model that maps ids to them.
+
+    They are without dropout; the mode is afterwards what it was.
+    """
     model = module_or_model.model if isinstance(module_or_model, TrainerModule) else module_or_model
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         logits: mx.array = model(ids).astype(mx.float32)
         mx.eval(logits)
-    finally:
-        model.train(training)
     return logits
 
 

@@ -11,9 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
-from mlx_trainer import runtime
 from mlx_trainer.config import LoRAConfig
-from mlx_trainer.models import adapters, generation, loading, memory, provenance, source
+from mlx_trainer.models import adapters, generation, loading, provenance, source
 from mlx_trainer.models.arguments import check_dtype, check_method, check_recompute, told
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.head import head_loss
@@ -21,9 +20,11 @@ from mlx_trainer.models.hf_config import ModelSettings, read_config, vocabulary_
 from mlx_trainer.models.last_layers import on_last, unfreeze_last
 from mlx_trainer.models.lora import inject_lora
 from mlx_trainer.models.loss import next_token_loss
+from mlx_trainer.models.memory import MemoryEstimate
 from mlx_trainer.models.neftune import noisy_embeddings
 from mlx_trainer.models.parameters import ParameterStats, parameter_stats
 from mlx_trainer.models.recomputation import Policy
+from mlx_trainer.models.step_memory import StepMemory, step_estimate
 from mlx_trainer.models.token_ids import check_ids, check_tokenizer
 from mlx_trainer.models.unpadded import hidden_states, takes_unpadded
 from mlx_trainer.module import LossOutput, TrainerModule
@@ -92,8 +93,7 @@ class CausalLMModule(TrainerModule):
         }
         self._model: nn.Module | None = None
         self._commit: str | None = None
-        self._told: set[Policy] = set()
-        self._needed = self._held = self._kept = 0
+        self._memory = StepMemory()
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]
@@ -136,8 +136,7 @@ class CausalLMModule(TrainerModule):
 
     def setup(self, stage: str) -> None:
         """Load the model where that has not happened; dropout is on for "fit" alone."""
-        runtime.bound_memory()
-        self._needed = self._held = self._kept = 0
+        self._memory.begin()
         self.model.train(stage == "fit")
 
     def load_model(self) -> nn.Module:
@@ -168,36 +167,27 @@ class CausalLMModule(TrainerModule):
         Raises ModelError where parts of a padded batch's forward are to be run again.
         """
         with noisy_embeddings(self.model, batch, self.neftune_noise_alpha):
+            policy = self.recomputation(batch)
             if hasattr(batch, "cells"):
-                states = hidden_states(self.model, batch, self.recomputation(batch))
+                states = hidden_states(self.model, batch, policy)
                 return head_loss(self.model, states, batch, self.settings["vocab_size"])
-            self.check_recompute_of_padded()
             return next_token_loss(self.forward(batch), batch.labels, accuracy=not self.model.training)
-
-    def check_recompute_of_padded(self) -> None:
-        """Raise ModelError where parts of a padded batch's forward are to be run again."""
-        if self.model.training and self.recompute not in ("auto", "none"):
-            raise ModelError(f'recompute="{self.recompute}" needs unpadded batches; use "auto" or "none".')
 
     def recomputation(self, batch: Any) -> Policy:
         """What the gradient of unpadded batches of this shape runs again: `recompute`, for "auto" as little as fits.
 
-        It is told, with the memory that is needed, at the first batch and where another shape needs another policy, or
-        more memory by a tenth.
+        The memory that is needed is told, and MLX's is bounded by it (`StepMemory.bound`). Of padded batches nothing
+        is run again; raises ModelError where `recompute` asks for it.
         """
         if not self.model.training:
             return "none"
-        limit, chosen = runtime.memory_limit_bytes(), self._estimate(batch)
-        if chosen.policy not in self._told or chosen.peak > 1.1 * self._needed:
-            log.info("%s", chosen.line(limit))
-        if self._needed <= limit < chosen.peak:
-            log.warning("More memory than there is: use smaller batches, shorter rows, or a 4-bit model.")
-        self._told.add(chosen.policy)
-        self._needed = max(self._needed, chosen.peak)
-        self._held = self._held or mx.get_active_memory()  # before the first step, so nothing is in flight
-        self._kept = max(self._kept, chosen.kept)
-        runtime.bound_memory(self._needed, self._held + self._kept)
-        return chosen.policy
+        if hasattr(batch, "cells"):
+            step = self._estimate(batch)
+            self._memory.bound(step)
+            return step.policy
+        if self.recompute not in ("auto", "none"):
+            raise ModelError(f'recompute="{self.recompute}" needs unpadded batches; use "auto" or "none".')
+        return "none"
 
     def check_batch(self, batch: Any) -> None:
         """Raise ModelError, naming the row, where a token id is beyond the vocabulary, or rejected answers are rows."""
@@ -295,11 +285,8 @@ class CausalLMModule(TrainerModule):
             longest=self.max_seq_length,
         )
 
-    def _estimate(self, batch: Any) -> memory.MemoryEstimate:
-        optimizer = self.configure_optimizer(1_000_000)
-        if self.recompute == "auto":
-            return memory.choose(self.model, batch, optimizer, runtime.memory_limit_bytes())
-        return memory.estimate(self.model, batch, optimizer, self.recompute)
+    def _estimate(self, batch: Any) -> MemoryEstimate:
+        return step_estimate(self.model, batch, self.configure_optimizer(1_000_000), self.recompute)
 
     def _directory(self, files: Sequence[str]) -> Path:
         revision = self._commit or self.revision

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from attrs import frozen
 
+from mlx_trainer.eval_mode import eval_mode
 from mlx_trainer.models.bare import without_adapters
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.head import head_losses
@@ -62,15 +63,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     It may be used while MLX traces. Raises ModelError where more than adapters trains, since then there is no base.
     """
-    training = model.training
-    try:
-        with without_adapters(model):
-            if changed := sorted(trainable(model)):
-                raise ModelError(
-                    f"The frozen base is the reference, but {changed[0]} trains beside the adapters ({len(changed)} "
-                    "such); train adapters alone, or use ORPO, which needs no reference."
-                )
-            model.eval()
-            yield
-    finally:
-        model.train(training)
+    with eval_mode(model), without_adapters(model):
+        if changed := sorted(trainable(model)):
+            raise ModelError(
+                f"The frozen base is the reference, but {changed[0]} trains beside the adapters ({len(changed)} "
+                "such); train adapters alone, or use ORPO, which needs no reference."
+            )
+        yield

@@ -49,10 +49,10 @@ class PreferenceModule(CausalLMModule):
 
     def score(self, batch: Any) -> Answers:
         """Return the log-probabilities of all answers of `batch`, (rows,), as the model is now."""
+        policy = self.recomputation(batch)
         if hasattr(batch, "cells"):
-            states = hidden_states(self.model, batch, self.recomputation(batch))
+            states = hidden_states(self.model, batch, policy)
             return unpadded_answers(self.model, states, batch, self.settings["vocab_size"])
-        self.check_recompute_of_padded()
         return padded_answers(self.forward(batch), batch.labels)
 
     def check_batch(self, batch: Any) -> None:

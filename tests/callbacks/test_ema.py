@@ -149,7 +149,7 @@ def test_a_result_that_cannot_be_written_leaves_what_was_trained(
     def full(path: Path, save: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(model_checkpoint, "write_directory", full)
+    monkeypatch.setattr(model_checkpoint, "write_finite", full)
     seen = Snapshots()
     with pytest.raises(OSError, match="No space left"):
         fit([EMA(0.9), seen, ModelCheckpoint(tmp_path, every=None, save_at_end=False)])

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mlx_trainer import build, cli
+from mlx_trainer import cli, trained
 from mlx_trainer.chat import Talk, converse
 from mlx_trainer.config import ModelConfig
 from mlx_trainer.models import CausalLMModule, ModelError
@@ -30,7 +30,7 @@ QUESTIONS = ("Where is it?", "And the fox?")
 def models(adapter: Path, **options: Any) -> tuple[CausalLMModule, CausalLMModule]:
     """The base model alone, and with its adapter."""
     model = ModelConfig(model_name=str(adapter.parent / "base"), dtype="float32", max_seq_length=512, **options)
-    return build.answering(model), build.answering(model, str(adapter))
+    return trained.answering(model), trained.answering(model, str(adapter))
 
 
 def test_each_side_remembers_its_own_answers(adapter: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_trainer import build, cli
+from mlx_trainer import cli, trained
 from mlx_trainer.config import LoRAConfig, ModelConfig
 from mlx_trainer.models import CausalLMModule
 from tests.tiny import tiny_mistral
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def module(folder: Path) -> CausalLMModule:
     """What the commands below answer with."""
-    return build.answering(ModelConfig(model_name=str(folder / "base"), dtype="float32", max_seq_length=256))
+    return trained.answering(ModelConfig(model_name=str(folder / "base"), dtype="float32", max_seq_length=256))
 
 
 def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> str:

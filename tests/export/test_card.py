@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from mlx_trainer.commands import COMMANDS
-from mlx_trainer.export.publishing.card import Card, base_of, model_card
+from mlx_trainer.export.publishing.card import Card, hub_base, model_card
 from mlx_trainer.export.publishing.contents import contents_of
 from mlx_trainer.export.publishing.run import run_of
 from tests.export.folders import BASE, COMMIT, adapter, peft, run
@@ -22,7 +22,7 @@ NAME = "owner/tiny-chat"
 def card_of(folder: Path, **given: Any) -> Card:
     """The card of what lies in a folder."""
     contents, told = contents_of(folder), run_of(folder)
-    return model_card(contents, NAME, told, base=base_of(contents, told), **given)
+    return model_card(contents, NAME, told, base=hub_base(contents, told), **given)
 
 
 def test_the_card_tells_what_the_run_wrote_down(tmp_path: Path) -> None:

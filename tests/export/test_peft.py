@@ -408,8 +408,8 @@ def test_layers_that_transformers_holds_otherwise_are_refused_by_name() -> None:
 
 def test_an_adapter_of_peft_is_used_as_one_of_ours_is(base: Path, adapter: Path, exported: Path) -> None:
     """`--adapter` takes either folder: the same logits bit for bit, which are not the base's."""
-    from mlx_trainer.build import trained_module
     from mlx_trainer.config import ModelConfig
+    from mlx_trainer.trained import trained_module
 
     model = ModelConfig(model_name=str(base), dtype="float32", max_seq_length=64)
     folders, ids = (str(adapter), str(exported), None), sample_ids(VOCABULARY)

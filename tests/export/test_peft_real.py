@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_trainer.build import lora_of
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.export.checking import logits_of, sample_ids
 from mlx_trainer.export.peft import from_peft, to_peft
 from mlx_trainer.models import CausalLMModule, ModelError, load_model
+from mlx_trainer.models.adapter_config import lora_of
 from mlx_trainer.trainer import Trainer
 from tests.export.families import configuration
 from tests.models.batches import labelled

@@ -12,7 +12,7 @@ import pytest
 from attrs import evolve
 from mlx.utils import tree_flatten
 
-from mlx_trainer import DataPipeline, ModelCheckpoint, Trainer, build
+from mlx_trainer import DataPipeline, ModelCheckpoint, Trainer, trained
 from mlx_trainer.config import AdaLoRAConfig, LoRAConfig, ModelConfig
 from mlx_trainer.data.batches.padded import collate
 from mlx_trainer.data.batches.shapes import Shape
@@ -44,7 +44,7 @@ def module_in(folder: Path, *, seed: int | None = 3, rules: AdaLoRAConfig = RULE
 def test_it_starts_at_the_base_models_output(tmp_path: Path) -> None:
     """Λ is 0, P and Q are not, and only these three train."""
     module = module_in(tmp_path / "base", seed=None)
-    base = build.trained_module(ModelConfig(str(tmp_path / "base"), dtype="float32"), None)
+    base = trained.trained_module(ModelConfig(str(tmp_path / "base"), dtype="float32"), None)
     assert mx.array_equal(module.model.eval()(IDS), base.model(IDS)).item()
     names = {name.rpartition(".")[2] for name in trainable(module.model)}
     assert names == {"lora_a", "lora_b", "lora_e"}
@@ -144,7 +144,7 @@ def test_a_run_ends_with_its_budget_and_an_adapter_that_mlx_lm_opens(
     expected = np.array(module.model.eval()(IDS))
     theirs, _ = load(str(tmp_path / "base"), adapter_path=str(tmp_path / "run" / "adapter"))
     base = ModelConfig(str(tmp_path / "base"), dtype="float32")
-    ours, plain = (build.trained_module(base, adapter) for adapter in (str(tmp_path / "run" / "adapter"), None))
+    ours, plain = (trained.trained_module(base, adapter) for adapter in (str(tmp_path / "run" / "adapter"), None))
     assert np.abs(np.array(theirs(IDS)) - expected).max() <= 1e-5
     assert np.abs(np.array(ours.model(IDS)) - expected).max() <= 1e-5
     assert np.abs(np.array(plain.model(IDS)) - expected).max() > 1e-3

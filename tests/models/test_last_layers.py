@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_trainer import build
+from mlx_trainer import trained
 from mlx_trainer.config import LoRAConfig, ModelConfig
 from mlx_trainer.data.batches.shapes import Shape
 from mlx_trainer.data.batches.unpadded import collate_unpadded
@@ -111,7 +111,7 @@ def test_mlx_lm_opens_what_is_saved(tmp_path: Path) -> None:
     theirs, _ = load(str(tmp_path / "base"), adapter_path=str(tmp_path / "adapter"))
     expected = np.array(module.model.eval()(IDS))
     assert np.abs(expected - np.array(theirs(IDS))).max() <= 1e-6
-    plain = build.trained_module(ModelConfig(str(tmp_path / "base"), dtype="float32"), None)
+    plain = trained.trained_module(ModelConfig(str(tmp_path / "base"), dtype="float32"), None)
     assert np.abs(expected - np.array(plain.model(IDS))).max() > 1e-3
 
 
@@ -121,7 +121,7 @@ def test_what_is_saved_is_opened_here(tmp_path: Path, count: int | None) -> None
     module = last(tmp_path / "base", count)  # type: ignore[arg-type]
     train(module, 2)
     module.save(tmp_path / "adapter")
-    opened = build.trained_module(ModelConfig(str(tmp_path / "base"), dtype="float32"), str(tmp_path / "adapter"))
+    opened = trained.trained_module(ModelConfig(str(tmp_path / "base"), dtype="float32"), str(tmp_path / "adapter"))
     assert changed(arrays(module), opened) == set()
 
 

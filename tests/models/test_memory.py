@@ -124,7 +124,7 @@ def test_the_choice_is_told_once_and_bounds_the_cache(
     assert lines[0].startswith(f"Memory: about {needed['none'] / 1e9:.3g} GB of {limit / 1e9:.3g} GB (weights ")
     assert bounds == [needed["none"]] * 2 + [max(needed["none"], peaks(module, large)[chosen[2]])] * 2
     monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: needed["block"] // 2)
-    module._needed = 0
+    module._memory.needed = 0
     assert module.recomputation(small) == "block"
     assert "use smaller batches" in caplog.records[-1].getMessage()
     assert caplog.records[-1].levelname == "WARNING"

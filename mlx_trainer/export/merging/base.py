@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 from attrs import asdict, evolve, frozen
@@ -42,6 +42,14 @@ class Base:
     dtypes: Mapping[str, mx.Dtype]
     dtype: mx.Dtype
     standard: bool
+
+    @classmethod
+    def of(
+        cls, settings: ModelSettings, tensors: Mapping[str, mx.array], packing: Mapping[str, Packing], standard: bool
+    ) -> Self:
+        """Return the base model with these tensors, packed as they are."""
+        dtypes = {name: value.dtype for name, value in tensors.items() if name.removesuffix(".weight") not in packing}
+        return cls(settings, dict(tensors), packing, dtypes, main_dtype(tensors), standard)
 
 
 def open_base(
@@ -107,7 +115,7 @@ def from_files(directory: Path, settings: ModelSettings) -> Base:
         for name in tensors
         if name.endswith(".scales") and "quantization" in settings
     }
-    return base_of(settings, tensors, packing, standard)
+    return Base.of(settings, tensors, packing, standard)
 
 
 def from_model(directory: Path, settings: ModelSettings, trust_remote_code: bool) -> Base:
@@ -120,15 +128,7 @@ def from_model(directory: Path, settings: ModelSettings, trust_remote_code: bool
         if hasattr(module, "bits")
     }
     standard = settings["model_type"] in SAME_NAMES
-    return base_of(settings, tensors, packing, standard)
-
-
-def base_of(
-    settings: ModelSettings, tensors: Mapping[str, mx.array], packing: Mapping[str, Packing], standard: bool
-) -> Base:
-    """Return the base model with these tensors, packed as they are."""
-    dtypes = {name: value.dtype for name, value in tensors.items() if name.removesuffix(".weight") not in packing}
-    return Base(settings, dict(tensors), packing, dtypes, main_dtype(tensors), standard)
+    return Base.of(settings, tensors, packing, standard)
 
 
 def written_format(path: Path) -> str | None:

@@ -51,7 +51,7 @@ class Card:
     notes: list[str]
 
 
-def base_of(contents: Contents, run: Run, given: str | None = None) -> str | None:
+def hub_base(contents: Contents, run: Run, given: str | None = None) -> str | None:
     """Return the base model's name on the Hub, None where only a path on this machine is known."""
     named = (given, contents.settings.get(contents.kind.base_key), run.base.get("name"))
     return next((name for name in named if isinstance(name, str) and is_hub_name(name)), None)

@@ -15,7 +15,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from mlx_trainer.export.publishing.card import Card, base_of, is_hub_name, is_repository, model_card
+from mlx_trainer.export.publishing.card import Card, hub_base, is_hub_name, is_repository, model_card
 from mlx_trainer.export.publishing.contents import KINDS, Contents, contents_of
 from mlx_trainer.export.publishing.run import Run, run_of
 from mlx_trainer.models import ModelError
@@ -78,7 +78,7 @@ def push(
         raise ModelError(f"The base model {base_model!r} is no name on the Hub; give OWNER/NAME.")
     contents = contents_of(Path(folder))
     told = run_of(contents.folder if run is None else Path(run))
-    base = base_of(contents, told, base_model)
+    base = hub_base(contents, told, base_model)
     if license is None and base is not None and not dry_run:
         license = license_of(base, token)
     card = card_of(contents, repo_id, told, base=base, license=license, language=language)

@@ -1,13 +1,14 @@
 """From prompts to answers with one model."""
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
 import mlx.nn as nn
 from attrs import frozen
 
+from mlx_trainer.eval_mode import eval_mode
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.generation.answer import Answer
 from mlx_trainer.models.generation.options import Options
@@ -42,7 +43,7 @@ class Writer:
 
     def _groups(self, groups: Sequence[Sequence[Answer]]) -> Iterator[str]:
         for group in groups:
-            with answering(self.model):
+            with eval_mode(self.model):
                 complete(self.model, group)
             yield from [answer.text() for answer in group]
 
@@ -53,7 +54,9 @@ class Writer:
     def _pieces(self, answer: Answer) -> Pieces:
         with closing(pieces(self.model, answer)) as steps:
             while True:
-                with answering(self.model):  # while the caller has a piece, the model is in its own mode
+                # While the caller has a piece, the model is in its own mode. Where that is eval mode, to set it
+                # anew would cost each token of a 7B model 3 ms.
+                with eval_mode(self.model) if self.model.training else nullcontext():
                     ongoing = next(steps, None)
                 if ongoing is None:
                     return
@@ -87,16 +90,3 @@ class Writer:
         if not 0 < len(ids) < self.longest:
             raise ModelError(f"A prompt has {len(ids)} tokens; max_seq_length is {self.longest}.")
         return ids
-
-
-@contextmanager
-def answering(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without dropout; its former mode comes back."""
-    if not model.training:
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
