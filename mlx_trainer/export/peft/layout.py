@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from attrs import evolve
 
+from mlx_trainer.config.patterns import LONGEST_PATH
 from mlx_trainer.export.low_rank import Adapter, LowRank, alpha_of, evened, low_rank, most, tensors_of
 from mlx_trainer.export.peft import names
 from mlx_trainer.export.peft.config import CONFIG, PeftConfig, check_targeted, describe, read_config
@@ -28,7 +29,9 @@ LEAVES = {
 EMBEDDINGS = ("embed_tokens",)
 """The last names of layers that look up instead of multiplying; PEFT calls their tensors otherwise."""
 
-TENSOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(map(re.escape, LEAVES))}|base_layer\.weight)")
+TENSOR = re.compile(
+    rf"{re.escape(PREFIX)}(.{{1,{LONGEST_PATH}}})\.({'|'.join(map(re.escape, LEAVES))}|base_layer\.weight)"
+)
 
 
 def is_peft(directory: Path) -> bool:
