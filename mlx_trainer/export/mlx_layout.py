@@ -1,6 +1,5 @@
 """mlx-lm's layout of an adapter, read and written without its base model."""
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -23,16 +22,20 @@ from mlx_trainer.export.low_rank import (
 )
 from mlx_trainer.models.adapter_config import CONFIG, TENSORS
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.hf_config import read_json
+from mlx_trainer.models.hf_config import read_json, write_json
+from mlx_trainer.models.loading import write_tensors
 from mlx_trainer.monitoring import visible
 
 
-def read_mlx(directory: Path) -> Adapter:
-    """Return the adapter in `directory`, as mlx-lm or a training here wrote it; raises ModelError, naming the file."""
+def read_mlx(directory: Path, *, merging: bool = False) -> Adapter:
+    """Return the adapter in `directory`, as mlx-lm or a training here wrote it; raises ModelError, naming the file.
+
+    What nothing but a merged model can hold, such as layers of experts, is refused unless it is for merging.
+    """
     path = directory / CONFIG
     try:
         config = read_json(path)
-        kind, base = config.get("fine_tune_type", "lora"), config.get("model")
+        kind, base = config.get("fine_tune_type", "lora"), base_name(config)
         parameters, own = config.get("lora_parameters", {}), config.get("lora", {})
         scale, dropout = number(parameters.get("scale")), number(parameters.get("dropout", 0.0))
         rslora = own.get("use_rslora", False) is True
@@ -46,9 +49,17 @@ def read_mlx(directory: Path) -> Adapter:
             f"its fine_tune_type is lora or dora; there are {parameters.get('scale')!r:.50} and {kind!r:.50}."
         )
     file, dora = directory / TENSORS, kind == "dora"
-    factors = grouped(tensors_of(file), file)
-    layers = {name: trimmed(low_rank(name, own, scale, dora=dora, path=file)) for name, own in factors.items()}
-    return Adapter(layers, base if isinstance(base, str) else None, dropout, rslora)
+    layers = {
+        name: trimmed(low_rank(name, parts, scale, dora=dora, path=file, merging=merging))
+        for name, parts in grouped(tensors_of(file), file).items()
+    }
+    return Adapter(layers, base, dropout, rslora, directory)
+
+
+def base_name(config: Mapping[str, Any]) -> str | None:
+    """Return how an adapter's configuration names its base model, None where it does not."""
+    base = config.get("model")
+    return base if isinstance(base, str) else None
 
 
 def grouped(tensors: Mapping[str, mx.array], path: Path) -> dict[str, dict[str, mx.array]]:
@@ -74,8 +85,7 @@ def write_mlx(adapter: Adapter, directory: Path, known: Collection[str] | None =
     """
     layers = evened(adapter.layers)
     first = next(iter(layers.values()))
-    with (directory / TENSORS).open("wb") as file:
-        mx.save_safetensors(file, mlx_tensors(layers), metadata={"format": "mlx"})
+    write_tensors(directory / TENSORS, mlx_tensors(layers))
     config = {
         "fine_tune_type": "dora" if adapter.use_dora else "lora",
         "num_layers": max((block_of(path)[1] or 0 for path in known or layers), default=0) + 1,
@@ -89,7 +99,7 @@ def write_mlx(adapter: Adapter, directory: Path, known: Collection[str] | None =
         "lora": description(adapter),
     }
     named = {} if adapter.base is None else {"model": adapter.base}
-    (directory / CONFIG).write_text(json.dumps(named | config, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, named | config)
 
 
 def mlx_tensors(layers: Mapping[str, LowRank]) -> dict[str, mx.array]:
