@@ -1,4 +1,4 @@
-"""mlx-lm's layout of an adapter, read and written without its base model."""
+"""mlx-lm's layout of an adapter: read and written without its base model, and opened on it by mlx-lm itself."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_trainer.export.low_rank import (
     LEAVES,
@@ -23,6 +24,7 @@ from mlx_trainer.export.low_rank import (
 from mlx_trainer.models.adapter_config import CONFIG, TENSORS
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_json, write_json
+from mlx_trainer.models.libraries import quiet_imports
 from mlx_trainer.models.loading import write_tensors
 from mlx_trainer.monitoring import visible
 
@@ -60,6 +62,18 @@ def base_name(config: Mapping[str, Any]) -> str | None:
     """Return how an adapter's configuration names its base model, None where it does not."""
     base = config.get("model")
     return base if isinstance(base, str) else None
+
+
+def opened_by_mlx_lm(model: nn.Module, directory: Path) -> nn.Module:
+    """Return `model` with the adapter in `directory`, put there by mlx-lm's own code; raises ModelError."""
+    with quiet_imports():
+        from mlx_lm.tuner.utils import load_adapters
+    try:
+        opened: nn.Module = load_adapters(model, str(directory))
+    except (ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"mlx-lm cannot put the adapter in {directory} on its base model: {reason:.400}") from error
+    return opened
 
 
 def grouped(tensors: Mapping[str, mx.array], path: Path) -> dict[str, dict[str, mx.array]]:

@@ -210,7 +210,7 @@ def name_of(dtype: mx.Dtype) -> str:
 def check_loss(merged: Merged, limit: float | None) -> None:
     """Raise ModelError where more than `limit` of the adapter's effect is lost, or it has none that could be seen."""
     limit = MAX_LOSS if limit is None else limit
-    if math.isnan(merged.lost):
+    if not math.isfinite(merged.lost):
         raise ModelError("The adapter changes nothing on these rows, or the logits are not finite; give other --data.")
     if merged.lost > limit:
         raise ModelError(
