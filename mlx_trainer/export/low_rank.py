@@ -6,10 +6,8 @@ that, the norm being one of each output; a bias stays outside.
 
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import mlx.core as mx
 from attrs import evolve, field, frozen
@@ -17,10 +15,10 @@ from attrs import evolve, field, frozen
 from mlx_trainer.models.adapters import check_finite
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.loading import open_tensors
+from mlx_trainer.models.lora.layout import most
 from mlx_trainer.monitoring import visible
 
 LEAVES = ("lora_a", "lora_b", "m")
-Value = TypeVar("Value")
 
 
 @frozen
@@ -172,11 +170,6 @@ def row_norms(weight: mx.array) -> mx.array:
     """The Euclidean norm of each row of (out, in); 0 counts as 1, so that a row of zeros stays one."""
     norms = mx.linalg.norm(weight, axis=1)
     return mx.where(norms == 0, mx.ones_like(norms), norms)
-
-
-def most(values: Iterable[Value]) -> Value:
-    """Return the most frequent of `values`, the first of several."""
-    return Counter(values).most_common(1)[0][0]
 
 
 def block_of(path: str) -> tuple[str | None, int | None]:

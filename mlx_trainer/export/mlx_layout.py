@@ -16,12 +16,11 @@ from mlx_trainer.export.low_rank import (
     block_of,
     evened,
     low_rank,
-    most,
     number,
     tensors_of,
     trimmed,
 )
-from mlx_trainer.models.adapter_config import CONFIG, TENSORS
+from mlx_trainer.models.adapter_config import CONFIG, TENSORS, ranks_and_alphas
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_json, write_json
 from mlx_trainer.models.libraries import quiet_imports
@@ -136,14 +135,10 @@ def description(adapter: Adapter) -> dict[str, Any]:
     """Return the options of `LoRAConfig` that give such layers."""
     ranks = {path: layer.rank for path, layer in adapter.layers.items()}
     alphas = {path: alpha_of(layer, rslora=adapter.use_rslora) for path, layer in adapter.layers.items()}
-    rank, alpha = most(ranks.values()), most(alphas.values())
     return {
-        "rank": rank,
-        "alpha": alpha,
+        **ranks_and_alphas(ranks, alphas),
         "dropout": adapter.dropout,
         "target_modules": sorted(adapter.layers),
         "use_rslora": adapter.use_rslora,
         "use_dora": adapter.use_dora,
-        "rank_pattern": {re.escape(path): own for path, own in sorted(ranks.items()) if own != rank},
-        "alpha_pattern": {re.escape(path): own for path, own in sorted(alphas.items()) if own != alpha},
     }

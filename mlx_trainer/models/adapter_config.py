@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.models.last_layers import trained_blocks
 from mlx_trainer.models.loading import open_tensors
 from mlx_trainer.models.lora import DoRALinear, adapted_layers, rank_of
-from mlx_trainer.models.lora.layout import Layout
+from mlx_trainer.models.lora.layout import Layout, most
 from mlx_trainer.models.lora.targets import blocks
 
 TENSORS = "adapters.safetensors"
@@ -57,19 +56,25 @@ def description(layers: Mapping[str, Any]) -> LoRAConfig:
     """Return a configuration that gives the adapted `layers`, wherever they have their ranks and scales from."""
     ranks = {path: rank_of(layer) for path, layer in layers.items()}
     alphas = {path: float(layer.scale * ranks[path]) for path, layer in layers.items()}
-    (rank, _), *_ = Counter(ranks.values()).most_common()
-    (alpha, _), *_ = Counter(alphas.values()).most_common()
     first = next(iter(layers.values()))
     return LoRAConfig(
-        rank=rank,
-        alpha=alpha,
+        **ranks_and_alphas(ranks, alphas),
         dropout=round(1 - first.dropout._p_1, 12),
         target_modules=list(layers),
         use_dora=isinstance(first, DoRALinear),
         init_lora_weights="pissa" if "_start_a" in first else "default",
-        rank_pattern={re.escape(path): own for path, own in ranks.items() if own != rank},
-        alpha_pattern={re.escape(path): own for path, own in alphas.items() if own != alpha},
     )
+
+
+def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """Return the options of `LoRAConfig` that give each path its own: what most have, and patterns for the others."""
+    rank, alpha = most(ranks.values()), most(alphas.values())
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "rank_pattern": {re.escape(path): own for path, own in sorted(ranks.items()) if own != rank},
+        "alpha_pattern": {re.escape(path): own for path, own in sorted(alphas.items()) if own != alpha},
+    }
 
 
 def layer_keys(model: nn.Module, paths: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from attrs import evolve
 from mlx_trainer.export.low_rank import Adapter, LowRank
 from mlx_trainer.export.merging.base import foreign
 from mlx_trainer.export.mlx_layout import base_name, read_mlx
+from mlx_trainer.export.peft.layout import is_peft
 from mlx_trainer.models.adapter_config import CONFIG, TENSORS
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_config, read_json
@@ -23,8 +24,8 @@ def read_adapter(directory: Path) -> Adapter:
     Raises ModelError, naming the file.
     """
     if not (directory / TENSORS).is_file():
-        peft = (directory / "adapter_model.safetensors").is_file()
-        hint = f"it is PEFT's: `mlx-trainer export {directory} --to mlx OUTPUT` makes one" if peft else "give another"
+        peft = f"it is PEFT's: `mlx-trainer export {directory} --to mlx OUTPUT` makes one"
+        hint = peft if is_peft(directory) else "give another"
         raise ModelError(f"{directory} holds no adapter in mlx-lm's layout ({TENSORS}); {hint}.")
     config = read_json(directory / CONFIG)
     if isinstance(config, dict) and config.get("fine_tune_type") == "full":

@@ -15,7 +15,7 @@ from mlx_trainer.export.low_rank import Adapter
 from mlx_trainer.export.merging.base import Base, Packing, open_base, quantization_of
 from mlx_trainer.export.merging.delta import by_expert, read_adapter
 from mlx_trainer.export.merging.effect import Rows, measure_effect, measure_logits, sentence_rows
-from mlx_trainer.export.merging.saving import Store, Tensors, copy_files, save_weights
+from mlx_trainer.export.merging.saving import Store, Tensors, copy_files, name_of, save_weights
 from mlx_trainer.export.output import complete_folder
 from mlx_trainer.models.arguments import check_dtype
 from mlx_trainer.models.error import ModelError
@@ -200,11 +200,6 @@ def kind_of(base: Base, dtype: str | None, packing: Mapping[str, Packing]) -> st
         return dtype or name_of(base.dtype)
     kinds = sorted({f"{how.bits} bits" if how.mode == "affine" else how.mode for how in packing.values()})
     return " and ".join(kinds)
-
-
-def name_of(dtype: mx.Dtype) -> str:
-    """Return "float16" for mx.float16, and so on."""
-    return str(dtype).rpartition(".")[2]
 
 
 def check_loss(merged: Merged, limit: float | None) -> None:

@@ -68,9 +68,14 @@ def computed(name: str, value: mx.array, store: Store) -> Tensors:
         return stored
     if finite(value):
         highest = float(mx.abs(value).max())
-        kinds = ", ".join(sorted({str(part.dtype).rpartition(".")[2] for part in stored.values()}))
+        kinds = ", ".join(sorted({name_of(part.dtype) for part in stored.values()}))
         raise ModelError(f"{name} has {highest:.3g}, which is too large for {kinds}; use --dtype bfloat16 or float32.")
     raise ModelError(f"{name} is not finite once merged: the base or the adapter is damaged, or far too large.")
+
+
+def name_of(dtype: mx.Dtype) -> str:
+    """Return "float16" for mx.float16, and so on."""
+    return str(dtype).rpartition(".")[2]
 
 
 def finite(value: mx.array) -> bool:

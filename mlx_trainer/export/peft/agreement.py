@@ -13,10 +13,11 @@ from mlx_trainer.export.low_rank import Adapter
 from mlx_trainer.export.mlx_layout import opened_by_mlx_lm
 from mlx_trainer.export.peft import names
 from mlx_trainer.export.peft.config import read_config
-from mlx_trainer.export.peft.formula import EMBEDDINGS, PeftLayer, layers_of
+from mlx_trainer.export.peft.formula import PeftLayer, layers_of
 from mlx_trainer.export.peft.layout import PREFIX, TENSOR, TENSORS
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.loading import open_tensors
+from mlx_trainer.models.lora.targets import EMBEDDINGS
 
 HALF = (mx.float16, mx.bfloat16)
 

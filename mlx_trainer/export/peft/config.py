@@ -10,10 +10,9 @@ from attrs import frozen
 
 from mlx_trainer.config.patterns import by_pattern, check_patterns
 from mlx_trainer.export.low_rank import block_of, number
+from mlx_trainer.models.adapter_config import CONFIG
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_json
-
-CONFIG = "adapter_config.json"
 
 PLAIN = {
     "bias": "none",

@@ -9,12 +9,14 @@ import mlx.core as mx
 from attrs import evolve
 
 from mlx_trainer.config.patterns import LONGEST_PATH
-from mlx_trainer.export.low_rank import Adapter, LowRank, alpha_of, evened, low_rank, most, tensors_of
+from mlx_trainer.export.low_rank import Adapter, LowRank, alpha_of, evened, low_rank, tensors_of
 from mlx_trainer.export.peft import names
-from mlx_trainer.export.peft.config import CONFIG, PeftConfig, check_targeted, describe, read_config
+from mlx_trainer.export.peft.config import PeftConfig, check_targeted, describe, read_config
+from mlx_trainer.models.adapter_config import CONFIG
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import write_json
 from mlx_trainer.models.loading import write_tensors
+from mlx_trainer.models.lora.layout import most
 from mlx_trainer.monitoring import visible
 
 TENSORS = "adapter_model.safetensors"
