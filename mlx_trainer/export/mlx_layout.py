@@ -20,11 +20,12 @@ from mlx_trainer.export.low_rank import (
     tensors_of,
     trimmed,
 )
-from mlx_trainer.models.adapter_config import CONFIG, TENSORS, ranks_and_alphas
+from mlx_trainer.models.adapter_config import CONFIG, TENSORS, low_rank_config, ranks_and_alphas
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_json, write_json
 from mlx_trainer.models.libraries import quiet_imports
 from mlx_trainer.models.loading import write_tensors
+from mlx_trainer.models.lora.layout import Layout
 from mlx_trainer.monitoring import visible
 
 
@@ -99,20 +100,9 @@ def write_mlx(adapter: Adapter, directory: Path, known: Collection[str] | None =
     layers = evened(adapter.layers)
     first = next(iter(layers.values()))
     write_tensors(directory / TENSORS, mlx_tensors(layers))
-    config = {
-        "fine_tune_type": "dora" if adapter.use_dora else "lora",
-        "num_layers": max((block_of(path)[1] or 0 for path in known or layers), default=0) + 1,
-        "lora_parameters": {
-            "rank": first.rank,
-            "scale": first.scale,
-            "dropout": adapter.dropout,
-            "keys": mlx_keys(layers, known),
-            "alpha": first.scale * first.rank,
-        },
-        "lora": description(adapter),
-    }
-    named = {} if adapter.base is None else {"model": adapter.base}
-    write_json(directory / CONFIG, named | config)
+    num_layers = max((block_of(path)[1] or 0 for path in known or layers), default=0) + 1
+    layout, keys = Layout(first.rank, first.scale), mlx_keys(layers, known)
+    write_json(directory / CONFIG, low_rank_config(adapter.base, num_layers, layout, keys, description(adapter)))
 
 
 def mlx_tensors(layers: Mapping[str, LowRank]) -> dict[str, mx.array]:

@@ -27,21 +27,36 @@ def adapter_config(model: nn.Module, base: str | None, lora: LoRAConfig | None =
 
     `lora` is the `LoRAConfig` that chose them, as far as it is theirs.
     """
-    blocks = len(model.layers)
-    named = {} if base is None else {"model": base}
     layers = adapted_layers(model)
     if not layers:
-        return {**named, "fine_tune_type": "full", "num_layers": trained_blocks(model)}
-    layout, own = Layout.of(layers), lora if lora is not None and describes(lora, layers) else description(layers)
+        return named(base) | {"fine_tune_type": "full", "num_layers": trained_blocks(model)}
+    own = lora if lora is not None and describes(lora, layers) else description(layers)
+    return low_rank_config(base, len(model.layers), Layout.of(layers), layer_keys(model, list(layers)), asdict(own))
+
+
+def low_rank_config(
+    base: str | None, num_layers: int, layout: Layout, keys: Sequence[str], lora: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the configuration of adapters with this `layout` on `keys`; `lora` are the options of `LoRAConfig`."""
     parameters = {
         "rank": layout.rank,
         "scale": layout.scale,
-        "dropout": own.dropout,
-        "keys": layer_keys(model, list(layers)),
+        "dropout": lora["dropout"],
+        "keys": keys,
         "alpha": layout.scale * layout.rank,
     }
-    kind = "dora" if own.use_dora else "lora"
-    return {**named, "fine_tune_type": kind, "num_layers": blocks, "lora_parameters": parameters, "lora": asdict(own)}
+    kind = "dora" if lora["use_dora"] else "lora"
+    return named(base) | {
+        "fine_tune_type": kind,
+        "num_layers": num_layers,
+        "lora_parameters": parameters,
+        "lora": lora,
+    }
+
+
+def named(base: str | None) -> dict[str, Any]:
+    """Return how a configuration names its base model, nothing where it has no name."""
+    return {} if base is None else {"model": base}
 
 
 def describes(lora: LoRAConfig, layers: Mapping[str, Any]) -> bool:
