@@ -46,7 +46,7 @@ def check_patterns(patterns: Iterable[str]) -> None:
     """Raise ValueError, which begins with the pattern, for one that is none, or makes all of them cost too much.
 
     Python tries one way of matching after the other, and strangers' files hold patterns too. With MOST_WAYS a path
-    takes a quarter of a second at worst; with patterns as people write them, microseconds.
+    takes a second at worst; with patterns as people write them, microseconds.
     """
     total = 0
     for pattern in patterns:

@@ -74,7 +74,7 @@ def combine(
     with complete_folder(output) as folder:
         layers = fits(read, weights, way)
         base = next((adapter.base for adapter in read if adapter.base), None)
-        write_mlx(Adapter({path: low_rank(fit) for path, fit in layers.items()}, base), folder)
+        write_mlx(Adapter({path: layer_of(fit) for path, fit in layers.items()}, base), folder)
     reached = max(fit.a.shape[1] for fit in layers.values())
     lost, size = (math.hypot(*parts) for parts in zip(*((fit.lost, fit.size) for fit in layers.values()), strict=True))
     return Combined(output, reached, len(layers), lost / size if size else 0.0)
@@ -169,6 +169,6 @@ def numbers(value: mx.array) -> Matrix:
     return np.array(value).astype(np.float64)
 
 
-def low_rank(fit: Fit) -> LowRank:
+def layer_of(fit: Fit) -> LowRank:
     """Return factors as a layer's adapter."""
     return LowRank(mx.array(fit.a.astype(np.float32)), mx.array(fit.b.astype(np.float32)), scale=1.0)
