@@ -1,12 +1,12 @@
-"""mlx-lm's layout of an adapter, read and written without its base model."""
+"""mlx-lm's layout of an adapter: read and written without its base model, and opened on it by mlx-lm itself."""
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_trainer.export.low_rank import (
     LEAVES,
@@ -16,23 +16,28 @@ from mlx_trainer.export.low_rank import (
     block_of,
     evened,
     low_rank,
-    most,
     number,
     tensors_of,
     trimmed,
 )
-from mlx_trainer.models.adapter_config import CONFIG, TENSORS
+from mlx_trainer.models.adapter_config import CONFIG, TENSORS, low_rank_config, ranks_and_alphas
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.hf_config import read_json
+from mlx_trainer.models.hf_config import read_json, write_json
+from mlx_trainer.models.libraries import quiet_imports
+from mlx_trainer.models.loading import write_tensors
+from mlx_trainer.models.lora.layout import Layout
 from mlx_trainer.monitoring import visible
 
 
-def read_mlx(directory: Path) -> Adapter:
-    """Return the adapter in `directory`, as mlx-lm or a training here wrote it; raises ModelError, naming the file."""
+def read_mlx(directory: Path, *, merging: bool = False) -> Adapter:
+    """Return the adapter in `directory`, as mlx-lm or a training here wrote it; raises ModelError, naming the file.
+
+    What nothing but a merged model can hold, such as layers of experts, is refused unless it is for merging.
+    """
     path = directory / CONFIG
     try:
         config = read_json(path)
-        kind, base = config.get("fine_tune_type", "lora"), config.get("model")
+        kind, base = config.get("fine_tune_type", "lora"), base_name(config)
         parameters, own = config.get("lora_parameters", {}), config.get("lora", {})
         scale, dropout = number(parameters.get("scale")), number(parameters.get("dropout", 0.0))
         rslora = own.get("use_rslora", False) is True
@@ -46,9 +51,29 @@ def read_mlx(directory: Path) -> Adapter:
             f"its fine_tune_type is lora or dora; there are {parameters.get('scale')!r:.50} and {kind!r:.50}."
         )
     file, dora = directory / TENSORS, kind == "dora"
-    factors = grouped(tensors_of(file), file)
-    layers = {name: trimmed(low_rank(name, own, scale, dora=dora, path=file)) for name, own in factors.items()}
-    return Adapter(layers, base if isinstance(base, str) else None, dropout, rslora)
+    layers = {
+        name: trimmed(low_rank(name, parts, scale, dora=dora, path=file, merging=merging))
+        for name, parts in grouped(tensors_of(file), file).items()
+    }
+    return Adapter(layers, base, dropout, rslora, directory)
+
+
+def base_name(config: Mapping[str, Any]) -> str | None:
+    """Return how an adapter's configuration names its base model, None where it does not."""
+    base = config.get("model")
+    return base if isinstance(base, str) else None
+
+
+def opened_by_mlx_lm(model: nn.Module, directory: Path) -> nn.Module:
+    """Return `model` with the adapter in `directory`, put there by mlx-lm's own code; raises ModelError."""
+    with quiet_imports():
+        from mlx_lm.tuner.utils import load_adapters
+    try:
+        opened: nn.Module = load_adapters(model, str(directory))
+    except (ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"mlx-lm cannot put the adapter in {directory} on its base model: {reason:.400}") from error
+    return opened
 
 
 def grouped(tensors: Mapping[str, mx.array], path: Path) -> dict[str, dict[str, mx.array]]:
@@ -74,22 +99,10 @@ def write_mlx(adapter: Adapter, directory: Path, known: Collection[str] | None =
     """
     layers = evened(adapter.layers)
     first = next(iter(layers.values()))
-    with (directory / TENSORS).open("wb") as file:
-        mx.save_safetensors(file, mlx_tensors(layers), metadata={"format": "mlx"})
-    config = {
-        "fine_tune_type": "dora" if adapter.use_dora else "lora",
-        "num_layers": max((block_of(path)[1] or 0 for path in known or layers), default=0) + 1,
-        "lora_parameters": {
-            "rank": first.rank,
-            "scale": first.scale,
-            "dropout": adapter.dropout,
-            "keys": mlx_keys(layers, known),
-            "alpha": first.scale * first.rank,
-        },
-        "lora": description(adapter),
-    }
-    named = {} if adapter.base is None else {"model": adapter.base}
-    (directory / CONFIG).write_text(json.dumps(named | config, indent=2) + "\n", encoding="utf-8")
+    write_tensors(directory / TENSORS, mlx_tensors(layers))
+    num_layers = max((block_of(path)[1] or 0 for path in known or layers), default=0) + 1
+    layout, keys = Layout(first.rank, first.scale), mlx_keys(layers, known)
+    write_json(directory / CONFIG, low_rank_config(adapter.base, num_layers, layout, keys, description(adapter)))
 
 
 def mlx_tensors(layers: Mapping[str, LowRank]) -> dict[str, mx.array]:
@@ -112,14 +125,10 @@ def description(adapter: Adapter) -> dict[str, Any]:
     """Return the options of `LoRAConfig` that give such layers."""
     ranks = {path: layer.rank for path, layer in adapter.layers.items()}
     alphas = {path: alpha_of(layer, rslora=adapter.use_rslora) for path, layer in adapter.layers.items()}
-    rank, alpha = most(ranks.values()), most(alphas.values())
     return {
-        "rank": rank,
-        "alpha": alpha,
+        **ranks_and_alphas(ranks, alphas),
         "dropout": adapter.dropout,
         "target_modules": sorted(adapter.layers),
         "use_rslora": adapter.use_rslora,
         "use_dora": adapter.use_dora,
-        "rank_pattern": {re.escape(path): own for path, own in sorted(ranks.items()) if own != rank},
-        "alpha_pattern": {re.escape(path): own for path, own in sorted(alphas.items()) if own != alpha},
     }

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.models.last_layers import trained_blocks
 from mlx_trainer.models.loading import open_tensors
 from mlx_trainer.models.lora import DoRALinear, adapted_layers, rank_of
-from mlx_trainer.models.lora.layout import Layout
+from mlx_trainer.models.lora.layout import Layout, most
 from mlx_trainer.models.lora.targets import blocks
 
 TENSORS = "adapters.safetensors"
@@ -28,21 +27,36 @@ def adapter_config(model: nn.Module, base: str | None, lora: LoRAConfig | None =
 
     `lora` is the `LoRAConfig` that chose them, as far as it is theirs.
     """
-    blocks = len(model.layers)
-    named = {} if base is None else {"model": base}
     layers = adapted_layers(model)
     if not layers:
-        return {**named, "fine_tune_type": "full", "num_layers": trained_blocks(model)}
-    layout, own = Layout.of(layers), lora if lora is not None and describes(lora, layers) else description(layers)
+        return named(base) | {"fine_tune_type": "full", "num_layers": trained_blocks(model)}
+    own = lora if lora is not None and describes(lora, layers) else description(layers)
+    return low_rank_config(base, len(model.layers), Layout.of(layers), layer_keys(model, list(layers)), asdict(own))
+
+
+def low_rank_config(
+    base: str | None, num_layers: int, layout: Layout, keys: Sequence[str], lora: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the configuration of adapters with this `layout` on `keys`; `lora` are the options of `LoRAConfig`."""
     parameters = {
         "rank": layout.rank,
         "scale": layout.scale,
-        "dropout": own.dropout,
-        "keys": layer_keys(model, list(layers)),
+        "dropout": lora["dropout"],
+        "keys": keys,
         "alpha": layout.scale * layout.rank,
     }
-    kind = "dora" if own.use_dora else "lora"
-    return {**named, "fine_tune_type": kind, "num_layers": blocks, "lora_parameters": parameters, "lora": asdict(own)}
+    kind = "dora" if lora["use_dora"] else "lora"
+    return named(base) | {
+        "fine_tune_type": kind,
+        "num_layers": num_layers,
+        "lora_parameters": parameters,
+        "lora": lora,
+    }
+
+
+def named(base: str | None) -> dict[str, Any]:
+    """Return how a configuration names its base model, nothing where it has no name."""
+    return {} if base is None else {"model": base}
 
 
 def describes(lora: LoRAConfig, layers: Mapping[str, Any]) -> bool:
@@ -57,19 +71,25 @@ def description(layers: Mapping[str, Any]) -> LoRAConfig:
     """Return a configuration that gives the adapted `layers`, wherever they have their ranks and scales from."""
     ranks = {path: rank_of(layer) for path, layer in layers.items()}
     alphas = {path: float(layer.scale * ranks[path]) for path, layer in layers.items()}
-    (rank, _), *_ = Counter(ranks.values()).most_common()
-    (alpha, _), *_ = Counter(alphas.values()).most_common()
     first = next(iter(layers.values()))
     return LoRAConfig(
-        rank=rank,
-        alpha=alpha,
+        **ranks_and_alphas(ranks, alphas),
         dropout=round(1 - first.dropout._p_1, 12),
         target_modules=list(layers),
         use_dora=isinstance(first, DoRALinear),
         init_lora_weights="pissa" if "_start_a" in first else "default",
-        rank_pattern={re.escape(path): own for path, own in ranks.items() if own != rank},
-        alpha_pattern={re.escape(path): own for path, own in alphas.items() if own != alpha},
     )
+
+
+def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """Return the options of `LoRAConfig` that give each path its own: what most have, and patterns for the others."""
+    rank, alpha = most(ranks.values()), most(alphas.values())
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "rank_pattern": {re.escape(path): own for path, own in sorted(ranks.items()) if own != rank},
+        "alpha_pattern": {re.escape(path): own for path, own in sorted(alphas.items()) if own != alpha},
+    }
 
 
 def layer_keys(model: nn.Module, paths: Sequence[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """Adapters on disk, in mlx-lm's layout: `mlx_lm.load(model, adapter_path=directory)` reads what is written here."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,8 @@ from mlx.utils import tree_unflatten
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models.adapter_config import CONFIG, TENSORS, Written, adapter_config, lora_of
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.loading import open_tensors
+from mlx_trainer.models.hf_config import write_json
+from mlx_trainer.models.loading import open_tensors, write_tensors
 from mlx_trainer.models.lora import adapted_layers, trainable
 from mlx_trainer.models.lora.layout import Layout, inexact, packed, put_back, tensors_of, unpacked
 from mlx_trainer.module import check_parameters
@@ -40,17 +40,9 @@ def save_adapters(
         layout = Layout.of(layers)
         tensors |= dotted({path: packed(layer, layout) for path, layer in layers.items()})
         if exact := inexact(layers, layout):
-            write(directory / EXACT, exact)
-    write(directory / TENSORS, tensors)
-    text = json.dumps(adapter_config(model, base, lora), indent=2)
-    (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
-
-
-def write(path: Path, tensors: dict[str, mx.array]) -> None:
-    """Write a safetensors file."""
-    # Through a file object: a full disk is then an OSError with its number, not a bare RuntimeError.
-    with path.open("wb") as file:
-        mx.save_safetensors(file, tensors, metadata={"format": "mlx"})
+            write_tensors(directory / EXACT, exact)
+    write_tensors(directory / TENSORS, tensors)
+    write_json(directory / CONFIG, adapter_config(model, base, lora))
 
 
 def dotted(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

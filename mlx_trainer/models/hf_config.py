@@ -26,6 +26,11 @@ def read_json(path: Path) -> Any:
         raise ModelError(f"{path} cannot be read as JSON: {error!s:.200}.") from error
 
 
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object for people to read; raises OSError."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 def read_config(directory: Path) -> ModelSettings:
     """Return config.json of `directory`; raises ModelError where it is missing, broken or names no model type."""
     path = directory / "config.json"

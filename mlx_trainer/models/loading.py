@@ -3,6 +3,7 @@
 import difflib
 import logging
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,16 @@ def open_tensors(path: Path) -> dict[str, mx.array]:
         raise ModelError(f"{path} is not a complete safetensors file: {error}") from error
     assert isinstance(tensors, dict)
     return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, mx.array], *, layout: str = "mlx") -> None:
+    """Write a safetensors file whose names and shapes are those of `layout`: "mlx", or "pt", PyTorch's; raises OSError.
+
+    transformers wants to be told, mlx-lm does not read it.
+    """
+    # Through a file object: a full disk is then an OSError with its number, not a bare RuntimeError.
+    with path.open("wb") as file:
+        mx.save_safetensors(file, dict(tensors), metadata={"format": layout})
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:

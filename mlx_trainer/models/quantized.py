@@ -99,12 +99,16 @@ def dequantized(layer: Any, kind: mx.Dtype, after: mx.array) -> mx.array:
     `mx.compile` merges equal computations, and without it, what depends on packed weights alone is computed early.
     """
     weight: Any = mx.depends(layer.weight, after)
-    scales, biases = layer.scales, layer.get("biases")
+    return dequantize(weight, layer.scales, layer.get("biases"), kind, layer.group_size, layer.bits, layer.mode)
+
+
+def dequantize(
+    weight: mx.array, scales: mx.array, biases: mx.array | None, kind: mx.Dtype, group_size: int, bits: int, mode: str
+) -> mx.array:
+    """What a packed `weight` stands for, computed in `kind`; MLX alone would compute it in the type of the scales."""
     if biases is not None:  # only then are the scales floating-point numbers
         scales, biases = scales.astype(kind), biases.astype(kind)
-    return mx.dequantize(
-        weight, scales, biases, group_size=layer.group_size, bits=layer.bits, mode=layer.mode, dtype=kind
-    )
+    return mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=kind)
 
 
 def result_type(x: mx.array, layer: Any) -> mx.Dtype:

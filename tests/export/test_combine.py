@@ -177,7 +177,7 @@ def test_real_peft_combines_to_the_same(tmp_path: Path, method: str, theirs: str
     model.add_adapter("1", peft.LoraConfig(r=4, lora_alpha=8, target_modules=["down_proj"]))
     layer = model.base_model.model["down_proj"]
     for name, adapter in enumerate(pair):
-        update = read_adapter(adapter).updates[DOWN]
+        update = read_adapter(adapter).layers[DOWN]
         layer.lora_A[str(name)].weight.data = torch.tensor(np.array(update.a).T.copy())
         layer.lora_B[str(name)].weight.data = torch.tensor(np.array(update.b).T.copy())
     options = {"density": 0.3} if method == "ties" else {}

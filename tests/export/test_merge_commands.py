@@ -80,8 +80,8 @@ def test_combine_takes_weights_and_options(folder: Path, capsys: pytest.CaptureF
     assert code == 0
     assert text.startswith("both: an adapter of rank 3 on 4 layers, ")
     expected = combine([folder / "adapter", folder / "two"], folder / "same", [0.7, -0.3], "svd", rank=3)
-    for path, update in read_adapter(expected.directory).updates.items():
-        assert mx.array_equal(update.a, read_adapter(folder / "both").updates[path].a).item()
+    for path, update in read_adapter(expected.directory).layers.items():
+        assert mx.array_equal(update.a, read_adapter(folder / "both").layers[path].a).item()
     assert run(capsys, "combine", "adapter", "two", "sum")[1] == "sum: an adapter of rank 8 on 4 layers, exact.\n"
     assert run(capsys, "combine", "adapter", "two", "t", "--method", "ties", "--density", "0.2")[0] == 0
     assert run(capsys, "combine", "adapter", "two", "d", "--method", "dare", "--seed", "3")[0] == 0

@@ -244,8 +244,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no alpha": ({"lora_alpha": None}, "has lora_alpha None"),
     "untargeted": ({"target_modules": ["v_proj"]}, r"has tensors of model\.layers\.0\.self_attn\.q_proj, which"),
     "other blocks": ({"layers_to_transform": [0]}, r"has tensors of model\.layers\.1\..*\(2 such layers\)"),
-    "endless pattern": ({"rank_pattern": {"(a+)+": 4}}, r"the pattern '\(a\+\)\+', which is too involved"),
-    "broken pattern": ({"alpha_pattern": {"q_proj(": 4}}, r"the pattern 'q_proj\(': "),
+    "endless pattern": ({"rank_pattern": {r"(\w+\.?)+!": 4}}, r"has in rank_pattern '.*', which could take for ever"),
+    "broken pattern": ({"alpha_pattern": {"q_proj(": 4}}, r"has in alpha_pattern 'q_proj\(', which is no regular expr"),
     "list for a pattern": ({"rank_pattern": [4]}, r"has rank_pattern \[4\]; it must be names with numbers"),
 }
 
@@ -265,6 +265,10 @@ DAMAGED: dict[str, tuple[dict[str, mx.array | None], str]] = {
     "belongs to nothing": (
         {"base_model__model__lm_head__weight": mx.zeros((2, 2))},
         r"lm_head\.weight belongs to no LoRA",
+    ),
+    "a name beyond all models'": (
+        {f"base_model__model__{'a.' * 99}lora_A__weight": mx.ones((4, 64))},
+        r"a\.a\.a belongs to no LoRA layer",
     ),
     "other inputs": (
         {f"{FIRST}__lora_A__weight": mx.ones((4, 32))},

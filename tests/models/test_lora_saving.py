@@ -217,7 +217,10 @@ def test_a_start_that_is_taken_off_does_not_fit_a_plain_adapter(
     assert a.shape == (128, 8)
 
 
-@pytest.mark.parametrize("section", [{"rank": 0}, {"ranks": 4}, [], {"rank_pattern": {"(": 2}}])
+ENDLESS = [{"target_modules": r"(\w+\.?)+!"}, {"alpha_pattern": {r"(\w+\.?)+!": 2.0}}]
+
+
+@pytest.mark.parametrize("section", [{"rank": 0}, {"ranks": 4}, [], {"rank_pattern": {"(": 2}}, *ENDLESS])
 def test_a_section_that_is_no_configuration_is_refused(
     bases: dict[tuple[bool, int | None], Path], tmp_path: Path, section: Any
 ) -> None:

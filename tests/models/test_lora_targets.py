@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -152,6 +153,54 @@ def test_patterns_mean_what_they_mean_in_peft(folder: Path, pattern: str) -> Non
         key = get_pattern_key(patterns.keys(), path)
         rank, alpha = patterns.get(key, 2), alphas.get(key, 4.0)
         assert (rank_of(layer), layer.scale) == (rank, alpha / rank**0.5), path
+
+
+PATH = "model.language_model.layers.27.block_sparse_moe.shared_expert.down_proj"
+ENDLESS = {
+    "a repeated group": r"(\w+\.?)+!",
+    "with a blank before": r"(?x:(\w+\.?) +!)",
+    "with a comment before": "(?x:(\\w+\\.?)#\n+!)",
+    "counted": r"(\w+\.?){9,99}!",
+    "alternatives": "(.|.)" * 40 + "!",
+    "options": ".?" * 40 + "." * 40 + "!",
+    "repetitions": ".*" * 9 + "!",
+    "parentheses": "(" * 9999,
+}
+
+
+@pytest.mark.parametrize("option", ["target_modules", "rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("case", ENDLESS)
+def test_what_could_take_for_ever_is_refused(option: str, case: str) -> None:
+    """By name, before any layer is looked at: but for the parentheses each would run for minutes, most for years."""
+    pattern = ENDLESS[case]
+    told = rf"lora\.{option} has {re.escape(repr(pattern)[:100])}, which could take for ever to match; write names"
+    with pytest.raises(ValueError, match=told):
+        LoRAConfig(**{option: pattern if option == "target_modules" else {pattern: 4}})
+
+
+def test_many_patterns_may_cost_no_more_than_one() -> None:
+    """Names of a thousand layers are no matter, a few hundred expressions are: what they cost together counts."""
+    layers = {f"model.layers.{number}.self_attn.q_proj": 4 for number in range(1000)}
+    assert LoRAConfig(rank_pattern=layers).rank_of("model.layers.999.self_attn.q_proj") == 4
+    with pytest.raises(ValueError, match=r"rank_pattern has '\.\*\.\*\d+!', which could take for ever"):
+        LoRAConfig(rank_pattern={f".*.*{number}!": 4 for number in range(1000)})
+
+
+FREE = (
+    r".*\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj",
+    r"(?!.*vision).*\.(?:layers|blocks)\.(?:1\d|2[0-9]|3[01])\..*_proj",
+    r"(model\.)?(language_model\.)?layers\.[0-9]{1,2}\.[^.]+\.\w+",
+    "|".join(f"model.layers.{number}.mlp.up_proj" for number in range(224)),
+)
+
+
+@pytest.mark.parametrize("pattern", [*FREE, "(.|.)" * 21 + "!"])
+def test_what_people_write_is_taken(pattern: str) -> None:
+    """As targets and as a pattern; with the most that is taken too, a path that does not match is told in seconds."""
+    lora = LoRAConfig(target_modules=pattern, rank_pattern={pattern: 4})
+    start = time.perf_counter()
+    lora.rank_of(f"{PATH}!")
+    assert time.perf_counter() - start < 5
 
 
 def test_the_blocks_that_are_left_out_compute_what_they_did(folder: Path) -> None:

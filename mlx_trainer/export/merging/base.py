@@ -9,14 +9,11 @@ import mlx.core as mx
 from attrs import asdict, evolve, frozen
 from mlx.utils import tree_flatten
 
-from mlx_trainer.export.merging.delta import Adapter, Update
 from mlx_trainer.export.peft.names import SAME_NAMES
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import ModelSettings, normalised, read_config
 from mlx_trainer.models.loading import load_model, open_tensors, refuse_odd_files, tensor_names
-
-EXPERTS = {"gate_proj": ("gate_proj", "w1"), "down_proj": ("down_proj", "w2"), "up_proj": ("up_proj", "w3")}
-"""What the layers of a single expert are called in files, by mlx-lm's name of the stacked ones."""
+from mlx_trainer.models.quantized import dequantize
 
 
 @frozen
@@ -82,26 +79,6 @@ def foreign(settings: ModelSettings) -> bool:
     return "quantization_config" in settings and "quantization" not in settings
 
 
-def by_expert(adapter: Adapter, directory: Path) -> Adapter:
-    """Return `adapter` with one update for each expert where mlx-lm stacks them and the files in `directory` do not."""
-    if foreign(read_config(directory)):
-        return adapter
-    names, updates = tensor_names(directory), dict[str, Update]()
-    for path, update in adapter.updates.items():
-        updates |= experts_of(path, update, names) or {path: update}
-    return evolve(adapter, updates=updates)
-
-
-def experts_of(path: str, update: Update, names: Collection[str]) -> dict[str, Update]:
-    """Return the updates of the experts stacked at `path` by their own paths; none where `names` lacks one."""
-    block, stacked, last = path.rpartition(".switch_mlp.")
-    for called in EXPERTS.get(last, ()) if stacked and update.a.ndim == 3 else ():
-        paths = [f"{block}.experts.{number}.{called}" for number in range(len(update.a))]
-        if all(f"{own}.weight" in names for own in paths):
-            return {own: Update(a.T, b.T, update.scale) for own, a, b in zip(paths, update.a, update.b, strict=True)}
-    return {}
-
-
 def from_files(directory: Path, settings: ModelSettings) -> Base:
     """Return what the files hold, packed as it is."""
     paths = sorted(directory.glob("model*.safetensors"))
@@ -161,12 +138,8 @@ def unpacked(tensors: Mapping[str, mx.array], packing: Mapping[str, Packing]) ->
     for path, how in packing.items():
         if f"{path}.global_scale" in weights:
             raise ModelError(f"{path} is nvfp4 with a global scale, which cannot be merged; use another base.")
-        scales, biases = weights.pop(f"{path}.scales"), weights.pop(f"{path}.biases", None)
-        if biases is not None:
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        weights[f"{path}.weight"] = mx.dequantize(
-            weights[f"{path}.weight"], scales, biases, **asdict(how), dtype=mx.float32
-        )
+        packed = weights[f"{path}.weight"], weights.pop(f"{path}.scales"), weights.pop(f"{path}.biases", None)
+        weights[f"{path}.weight"] = dequantize(*packed, mx.float32, **asdict(how))
     return weights
 
 

@@ -10,7 +10,7 @@ With `T_i = w_i ΔW_i` the update of each adapter times its weight, layer by lay
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +18,11 @@ import mlx.core as mx
 import numpy as np
 from attrs import frozen
 
-from mlx_trainer.export.merging.delta import Adapter, read_adapter
-from mlx_trainer.export.merging.saving import save_tensors, write_json
+from mlx_trainer.export.low_rank import Adapter, LowRank
+from mlx_trainer.export.merging.delta import read_adapter
 from mlx_trainer.export.merging.sums import Factors, Fit, Matrix, cat, dare, linear, svd, ties
+from mlx_trainer.export.mlx_layout import write_mlx
 from mlx_trainer.export.output import complete_folder
-from mlx_trainer.models.adapter_config import CONFIG, TENSORS
 from mlx_trainer.models.error import ModelError
 
 METHODS = ("cat", "linear", "svd", "ties", "dare")
@@ -69,12 +69,13 @@ def combine(
     check(adapters, weights, method, rank, density, seed)
     read = [read_adapter(path) for path in adapters]
     check_alike(read)
-    rank = rank or max(update.a.shape[1] for adapter in read for update in adapter.updates.values())
+    rank = rank or max(layer.rank for adapter in read for layer in adapter.layers.values())
     way = way_of(method, rank, DENSITY if density is None else density, seed or 0)
     with complete_folder(output) as folder:
         layers = fits(read, weights, way)
-        reached = max(fit.a.shape[1] for fit in layers.values())
-        write(folder, layers, reached, read)
+        base = next((adapter.base for adapter in read if adapter.base), None)
+        write_mlx(Adapter({path: layer_of(fit) for path, fit in layers.items()}, base), folder)
+    reached = max(fit.a.shape[1] for fit in layers.values())
     lost, size = (math.hypot(*parts) for parts in zip(*((fit.lost, fit.size) for fit in layers.values()), strict=True))
     return Combined(output, reached, len(layers), lost / size if size else 0.0)
 
@@ -110,10 +111,10 @@ def check_alike(adapters: Sequence[Adapter]) -> None:
             raise ModelError(f"{adapter.directory} is for {adapter.base}, {first.directory} for {first.base}.")
         if adapter.weights:
             raise ModelError(f"{adapter.directory} is whole weights; only low-rank updates can be combined.")
-        for path, update in adapter.updates.items():
-            if update.m is not None:
+        for path, layer in adapter.layers.items():
+            if layer.m is not None:
                 raise ModelError(f"{adapter.directory} has DoRA's magnitudes, which are no sum; merge it instead.")
-            if update.a.ndim != 2:
+            if layer.a.ndim != 2:
                 raise ModelError(f"{adapter.directory}: {path} is a layer of experts, which cannot be combined.")
     check_shapes(adapters)
 
@@ -127,8 +128,8 @@ def check_shapes(adapters: Sequence[Adapter]) -> None:
     """Raise ModelError where a layer has one shape in one adapter and another in the next."""
     shapes: dict[str, tuple[int, int]] = {}
     for adapter in adapters:
-        for path, update in adapter.updates.items():
-            shape = update.a.shape[0], update.b.shape[1]
+        for path, layer in adapter.layers.items():
+            shape = layer.a.shape[0], layer.b.shape[1]
             if shapes.setdefault(path, shape) != shape:
                 raise ModelError(
                     f"{adapter.directory}: {path} is {shape[0]} to {shape[1]}, in another adapter {shapes[path][0]} to "
@@ -152,35 +153,22 @@ def way_of(method: str, rank: int, density: float, seed: int) -> Way:
 def fits(adapters: Sequence[Adapter], weights: Sequence[float], way: Way) -> dict[str, Fit]:
     """Return every layer of the result by its path, one after the other."""
     found = {}
-    for path in sorted({path for adapter in adapters for path in adapter.updates}):
-        updates = [
-            (adapter.updates[path], w) for adapter, w in zip(adapters, weights, strict=True) if path in adapter.updates
-        ]
+    for path in sorted({path for adapter in adapters for path in adapter.layers}):
         found[path] = way(
-            [(numbers(update.a), weight * update.scale * numbers(update.b)) for update, weight in updates]
+            [
+                (numbers(layer.a), weight * layer.scale * numbers(layer.b))
+                for adapter, weight in zip(adapters, weights, strict=True)
+                if (layer := adapter.layers.get(path)) is not None
+            ]
         )
     return found
 
 
 def numbers(value: mx.array) -> Matrix:
     """Return an array as float64 in NumPy."""
-    return np.array(value.astype(mx.float32)).astype(np.float64)
+    return np.array(value).astype(np.float64)
 
 
-def write(directory: Path, layers: Mapping[str, Fit], rank: int, adapters: Sequence[Adapter]) -> None:
-    """Write an adapter in mlx-lm's layout, which has one rank: zeros fill up where a layer has less."""
-    tensors = {}
-    for path, fit in layers.items():
-        missing = rank - fit.a.shape[1]
-        tensors[f"{path}.lora_a"] = mx.array(np.pad(fit.a, ((0, 0), (0, missing))).astype(np.float32))
-        tensors[f"{path}.lora_b"] = mx.array(np.pad(fit.b, ((0, missing), (0, 0))).astype(np.float32))
-    save_tensors(directory / TENSORS, tensors)
-    # Whole paths for keys: each adapter may be on other layers, and mlx-lm finds a module by its whole path too.
-    parameters = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(layers), "alpha": rank}
-    config = {
-        "model": next((adapter.base for adapter in adapters if adapter.base), None),
-        "fine_tune_type": "lora",
-        "num_layers": max(adapter.num_layers for adapter in adapters),
-        "lora_parameters": parameters,
-    }
-    write_json(directory / CONFIG, {key: value for key, value in config.items() if value is not None})
+def layer_of(fit: Fit) -> LowRank:
+    """Return factors as a layer's adapter."""
+    return LowRank(mx.array(fit.a.astype(np.float32)), mx.array(fit.b.astype(np.float32)), scale=1.0)

@@ -11,8 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from attrs import frozen
 
+from mlx_trainer.export.checking import logits_of, share
+from mlx_trainer.export.mlx_layout import opened_by_mlx_lm
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.libraries import quiet_imports
 from mlx_trainer.models.loading import load_model, load_tokenizer
 
 Rows = Sequence[Sequence[int]]
@@ -33,23 +34,22 @@ SENTENCES = (
 
 @frozen
 class Effect:
-    """Logits on each row, (length, vocabulary), of the base alone and of the base with the adapter on it."""
+    """Logits on all rows, (tokens, vocabulary), of the base alone and of the base with the adapter on it."""
 
-    base: Sequence[mx.array]
-    adapted: Sequence[mx.array]
+    base: mx.array
+    adapted: mx.array
 
     @property
     def size(self) -> float:
-        """‖adapted - base‖ / ‖base‖ over all rows."""
-        return distance(self.adapted, self.base) / distance(self.base)
+        """‖adapted - base‖ / ‖base‖."""
+        return share(self.adapted - self.base, self.base)
 
-    def lost(self, merged: Sequence[mx.array]) -> float:
+    def lost(self, merged: mx.array) -> float:
         """‖merged - adapted‖ / ‖adapted - base‖: 0 where nothing is lost, 1 where as much as there was.
 
-        NaN where the adapter changes nothing on these rows, unless the merged model does not either.
+        Infinite where the adapter changes nothing on these rows, unless the merged model does not either.
         """
-        apart, effect = distance(merged, self.adapted), distance(self.adapted, self.base)
-        return apart / effect if effect else (0.0 if apart == 0 else float("nan"))
+        return share(merged - self.adapted, self.adapted - self.base)
 
 
 def sentence_rows(directory: Path, texts: Sequence[str] = SENTENCES) -> Rows:
@@ -64,36 +64,28 @@ def measure_effect(base: Path, adapter: Path, rows: Rows, *, trust_remote_code: 
     mlx-lm's own layers compute it, not the formula by which the adapter is merged. Raises ModelError.
     """
     model = load_model(base, dtype=None, trust_remote_code=trust_remote_code)
-    alone = logits_of(model, rows)
-    with quiet_imports():
-        from mlx_lm.tuner.utils import load_adapters
-    try:
-        load_adapters(model, str(adapter))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"The adapter in {adapter} does not fit {base}: {' '.join(str(error).split()):.400}"
-        ) from error
-    model.eval()
-    return Effect(alone, logits_of(model, rows))
+    alone = wide_logits(model, rows)
+    return Effect(alone, wide_logits(opened_by_mlx_lm(model, adapter), rows))
 
 
-def measure_logits(directory: Path, rows: Rows, *, trust_remote_code: bool = False) -> list[mx.array]:
+def measure_logits(directory: Path, rows: Rows, *, trust_remote_code: bool = False) -> mx.array:
     """Return the logits of the model in `directory`, which is loaded for that and let go."""
-    return logits_of(load_model(directory, dtype=None, trust_remote_code=trust_remote_code), rows)
+    return wide_logits(load_model(directory, dtype=None, trust_remote_code=trust_remote_code), rows)
 
 
-def logits_of(model: nn.Module, rows: Rows) -> list[mx.array]:
-    """Return the logits on each row, (length, vocabulary) in float32, of at most MAX_TOKENS tokens in all."""
+def wide_logits(model: nn.Module, rows: Rows) -> mx.array:
+    """Return the logits on all rows, (tokens, vocabulary), of at most MAX_TOKENS tokens, with float32 activations."""
     widen(model)
     logits, left = [], MAX_TOKENS
     for row in rows:
         if ids := list(row[:left]):
-            logits.append(model(mx.array([ids]))[0].astype(mx.float32))
-            mx.eval(logits[-1])
+            logits.append(logits_of(model, mx.array([ids]))[0])
             left -= len(ids)
     if not logits:
         raise ModelError("There is no row to measure the adapter's effect on; give other data.")
-    return logits
+    together = mx.concatenate(logits)
+    mx.eval(together)
+    return together
 
 
 def widen(model: nn.Module) -> None:
@@ -117,9 +109,3 @@ class Float32QuantizedEmbedding(nn.QuantizedEmbedding):
     def __call__(self, ids: mx.array) -> mx.array:
         """Return the rows `ids` of the weight."""
         return super().__call__(ids).astype(mx.float32)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def distance(some: Sequence[mx.array], others: Sequence[mx.array] | None = None) -> float:
-    """The Euclidean norm of the difference of all arrays, or of the first ones where there are no others."""
-    differences = some if others is None else [one - other for one, other in zip(some, others, strict=True)]
-    return float(sum(float(mx.square(part).sum()) for part in differences) ** 0.5)

@@ -11,14 +11,15 @@ from pathlib import Path
 import mlx.core as mx
 from attrs import asdict, evolve, frozen
 
-from mlx_trainer.export.merging.base import Base, Packing, by_expert, open_base, quantization_of
-from mlx_trainer.export.merging.delta import Adapter, read_adapter
+from mlx_trainer.export.low_rank import Adapter
+from mlx_trainer.export.merging.base import Base, Packing, open_base, quantization_of
+from mlx_trainer.export.merging.delta import by_expert, read_adapter
 from mlx_trainer.export.merging.effect import Rows, measure_effect, measure_logits, sentence_rows
-from mlx_trainer.export.merging.saving import Store, Tensors, copy_files, save_weights, write_json
+from mlx_trainer.export.merging.saving import Store, Tensors, copy_files, name_of, save_weights
 from mlx_trainer.export.output import complete_folder
 from mlx_trainer.models.arguments import check_dtype
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.hf_config import ModelSettings
+from mlx_trainer.models.hf_config import ModelSettings, write_json
 from mlx_trainer.models.loading import DTYPES
 from mlx_trainer.models.source import resolve
 
@@ -138,14 +139,14 @@ def packing_for(base: Base, requantize: bool, bits: int | None) -> Mapping[str, 
 
 
 def merge_into(weights: dict[str, mx.array], adapter: Adapter) -> None:
-    """Change lazy `weights` as the adapter says, to float32; raises ModelError where an update does not fit.
+    """Change lazy `weights` as the adapter says, to float32; raises ModelError where a layer does not fit.
 
     In place: who held on to the base's arrays would hold all of the base in memory once they are computed.
     """
-    for path, update in adapter.updates.items():
+    for path, layer in adapter.layers.items():
         name = f"{path}.weight"
         try:
-            weights[name] = update.merged(weights[name])
+            weights[name] = layer.merged(weights[name])
         except ValueError as error:
             raise ModelError(f"{path}: {error}; give the base model that {adapter.directory} was trained on.") from None
     weights |= adapter.weights
@@ -201,15 +202,10 @@ def kind_of(base: Base, dtype: str | None, packing: Mapping[str, Packing]) -> st
     return " and ".join(kinds)
 
 
-def name_of(dtype: mx.Dtype) -> str:
-    """Return "float16" for mx.float16, and so on."""
-    return str(dtype).rpartition(".")[2]
-
-
 def check_loss(merged: Merged, limit: float | None) -> None:
     """Raise ModelError where more than `limit` of the adapter's effect is lost, or it has none that could be seen."""
     limit = MAX_LOSS if limit is None else limit
-    if math.isnan(merged.lost):
+    if not math.isfinite(merged.lost):
         raise ModelError("The adapter changes nothing on these rows, or the logits are not finite; give other --data.")
     if merged.lost > limit:
         raise ModelError(

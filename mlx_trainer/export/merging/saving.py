@@ -1,14 +1,14 @@
 """A model folder in Hugging Face's layout: complete or absent, its weights written tensor by tensor."""
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.hf_config import write_json
+from mlx_trainer.models.loading import write_tensors
 from mlx_trainer.models.source import TOKENIZER_FILES
 
 SHARD_BYTES = 5 << 30
@@ -36,7 +36,7 @@ def save_weights(
         tensors: dict[str, mx.array] = {}
         for name in names:
             tensors |= computed(name, weights.pop(name), store)
-        save_tensors(directory / file, tensors)
+        write_tensors(directory / file, tensors, layout="pt")
         where |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
@@ -68,26 +68,19 @@ def computed(name: str, value: mx.array, store: Store) -> Tensors:
         return stored
     if finite(value):
         highest = float(mx.abs(value).max())
-        kinds = ", ".join(sorted({str(part.dtype).rpartition(".")[2] for part in stored.values()}))
+        kinds = ", ".join(sorted({name_of(part.dtype) for part in stored.values()}))
         raise ModelError(f"{name} has {highest:.3g}, which is too large for {kinds}; use --dtype bfloat16 or float32.")
     raise ModelError(f"{name} is not finite once merged: the base or the adapter is damaged, or far too large.")
+
+
+def name_of(dtype: mx.Dtype) -> str:
+    """Return "float16" for mx.float16, and so on."""
+    return str(dtype).rpartition(".")[2]
 
 
 def finite(value: mx.array) -> bool:
     """Whether all of an array, of whichever type, is finite."""
     return not mx.issubdtype(value.dtype, mx.floating) or bool(mx.isfinite(value).all().item())
-
-
-def save_tensors(path: Path, tensors: Tensors) -> None:
-    """Write one file; "pt" tells transformers that names and shapes are PyTorch's, and mlx-lm does not read it."""
-    # Through a file object: a full disk is then an OSError with its number, not a bare RuntimeError.
-    with path.open("wb") as file:
-        mx.save_safetensors(file, dict(tensors), metadata={"format": "pt"})
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object for people to read."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_files(source: Path, target: Path, *, code: bool = False) -> None:

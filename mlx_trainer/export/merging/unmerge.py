@@ -6,8 +6,9 @@ from pathlib import Path
 import mlx.core as mx
 from attrs import frozen
 
-from mlx_trainer.export.merging.base import Base, by_expert, open_base
-from mlx_trainer.export.merging.delta import Adapter, Update, read_adapter
+from mlx_trainer.export.low_rank import Adapter, LowRank
+from mlx_trainer.export.merging.base import Base, open_base
+from mlx_trainer.export.merging.delta import by_expert, read_adapter
 from mlx_trainer.export.merging.merge import base_directory
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_config
@@ -58,7 +59,7 @@ def check_unmerge(merged: Path, adapter: Path, *, base: str | None = None) -> Un
     with mx.stream(mx.cpu):
         distances = compared(original, result, read)
     wrong = tuple(name for name, distance in distances.items() if not distance <= 1)  # nor NaN
-    return Unmerged(len(distances), len(read.updates), max(distances.values()), wrong)
+    return Unmerged(len(distances), len(read.layers), max(distances.values()), wrong)
 
 
 def compared(original: Base, result: Base, adapter: Adapter) -> Mapping[str, float]:
@@ -68,11 +69,11 @@ def compared(original: Base, result: Base, adapter: Adapter) -> Mapping[str, flo
         weight, merged = original.weights.pop(name), result.weights.pop(name)
         if weight.shape != merged.shape:
             raise ModelError(f"{name} has the shape {merged.shape} in the merged model, {weight.shape} in the base.")
-        distances[name] = distance(weight, merged, adapter.updates.get(name.removesuffix(".weight")))
+        distances[name] = distance(weight, merged, adapter.layers.get(name.removesuffix(".weight")))
     return distances
 
 
-def distance(weight: mx.array, merged: mx.array, update: Update | None) -> float:
+def distance(weight: mx.array, merged: mx.array, update: LowRank | None) -> float:
     """The largest |merged - ΔW - weight| of one tensor relative to what rounding allows there, 0 where it is exact."""
     unit, smallest = ROUNDING.get(merged.dtype, (0.0, 0.0))
     weight, merged = weight.astype(mx.float32), merged.astype(mx.float32)

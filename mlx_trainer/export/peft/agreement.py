@@ -10,13 +10,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_trainer.export.checking import Difference, difference, logits_of, same_function, sample_ids
 from mlx_trainer.export.low_rank import Adapter
+from mlx_trainer.export.mlx_layout import opened_by_mlx_lm
 from mlx_trainer.export.peft import names
 from mlx_trainer.export.peft.config import read_config
-from mlx_trainer.export.peft.formula import EMBEDDINGS, PeftLayer, layers_of
+from mlx_trainer.export.peft.formula import PeftLayer, layers_of
 from mlx_trainer.export.peft.layout import PREFIX, TENSOR, TENSORS
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.libraries import quiet_imports
 from mlx_trainer.models.loading import open_tensors
+from mlx_trainer.models.lora.targets import EMBEDDINGS
 
 HALF = (mx.float16, mx.bfloat16)
 
@@ -28,8 +29,7 @@ def check_logits(model: nn.Module, adapter: Adapter, mlx: Path, peft: Path, *, e
     parameters: Any = tree_flatten(model.parameters())
     base, half = logits_of(model, ids), any(value.dtype in HALF for _, value in parameters)
     by_peft = logits_of(adapted(model, peft_layers(originals, peft)), ids)
-    adapted(model, originals)
-    by_mlx = logits_of(mlx_adapted(model, mlx), ids)
+    by_mlx = logits_of(opened_by_mlx_lm(adapted(model, originals), mlx), ids)
     expected, other = (by_mlx, by_peft) if exported else (by_peft, by_mlx)
     found = difference(expected, other)
     if not same_function(base, expected, other, half=half):
@@ -57,17 +57,6 @@ def peft_layers(originals: Mapping[str, Any], directory: Path) -> dict[str, Peft
         return PeftLayer(layer, tensors[at + a], tensors[at + b], config.scale(name), m)
 
     return {path: one(path, layer) for path, layer in originals.items()}
-
-
-def mlx_adapted(model: nn.Module, directory: Path) -> nn.Module:
-    """Return `model` with the adapter in `directory` as mlx-lm itself puts it there; raises ModelError."""
-    with quiet_imports():
-        from mlx_lm.tuner.utils import load_adapters
-    try:
-        loaded: nn.Module = load_adapters(model, str(directory))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"mlx-lm cannot read {directory}: {error!s:.400}") from error
-    return loaded
 
 
 def vocabulary(model: Any) -> int:

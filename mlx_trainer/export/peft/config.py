@@ -8,12 +8,11 @@ from typing import Any
 
 from attrs import frozen
 
+from mlx_trainer.config.patterns import by_pattern, check_patterns
 from mlx_trainer.export.low_rank import block_of, number
+from mlx_trainer.models.adapter_config import CONFIG
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_json
-from mlx_trainer.monitoring import visible
-
-CONFIG = "adapter_config.json"
 
 PLAIN = {
     "bias": "none",
@@ -38,15 +37,14 @@ PLAIN = {
 ON_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that take the adapter's start out of the base weights, which are then others than published."""
 
-
+PATTERNS = ("rank_pattern", "alpha_pattern")
 SHAPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (lambda value: isinstance(value, dict), "names with numbers")),
+    **dict.fromkeys(PATTERNS, (lambda value: isinstance(value, dict), "names with numbers")),
     **dict.fromkeys(("use_rslora", "use_dora"), (lambda value: isinstance(value, bool), "true or false")),
     "lora_dropout": (lambda value: (share := number(value)) is not None and 0 <= share < 1, "a number from 0 to 1"),
     "layers_to_transform": (lambda value: isinstance(value, int | list), "a block's number, or a list of them"),
 }
 """What other options have to be."""
-
 
 MOST = 1 << 20
 """No layer has so many inputs, so no rank is larger."""
@@ -65,7 +63,7 @@ class PeftConfig:
 
     def rank(self, layer: str) -> int:
         """The rank of `layer` (transformers' name); raises ModelError where it is no whole number."""
-        rank = pattern_value(self["rank_pattern"] or {}, layer, self["r"], self.path)
+        rank = by_pattern(self["rank_pattern"] or {}, layer, self["r"])
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MOST:
             raise ModelError(
                 f"{self.path} has rank {rank!r:.50} for {layer}; it must be a whole number from 1 to {MOST:,}."
@@ -74,7 +72,7 @@ class PeftConfig:
 
     def scale(self, layer: str) -> float:
         """alpha / rank, with use_rslora alpha / √rank (https://arxiv.org/abs/2312.03732)."""
-        written = pattern_value(self["alpha_pattern"] or {}, layer, self["lora_alpha"], self.path)
+        written = by_pattern(self["alpha_pattern"] or {}, layer, self["lora_alpha"])
         if not (alpha := number(written)):
             raise ModelError(
                 f"{self.path} has lora_alpha {written!r:.50} for {layer}; it must be a number that is not 0."
@@ -104,23 +102,12 @@ def read_config(directory: Path) -> PeftConfig:
     for name, (good, wanted) in SHAPES.items():
         if (value := values.get(name)) is not None and not good(value):
             raise ModelError(f"{path} has {name} {value!r:.100}; it must be {wanted}.")
-    return PeftConfig(path, values)
-
-
-def pattern_value(pattern: Mapping[str, Any], layer: str, default: Any, source: Path) -> Any:
-    """Return the value of the first key of `pattern` that ends `layer`, by PEFT's rule; else `default`."""
-    for key, value in pattern.items():
-        # A file's regular expression may take for ever on a hundred characters: only those that cannot are matched.
-        if re.search(r"[)\]][*+{?]", key) or len(re.findall(r"[*+{]", key)) > 2 or len(key) > 500:
-            raise ModelError(
-                f"{source} has the pattern {visible(key)!r:.100}, which is too involved; write names instead."
-            )
+    for name in PATTERNS:
         try:
-            if re.match(rf"(.*\.)?({key})$", layer):
-                return value
-        except re.error as error:
-            raise ModelError(f"{source} has the pattern {visible(key)!r:.100}: {error}.") from error
-    return default
+            check_patterns(values.get(name) or {})
+        except ValueError as error:
+            raise ModelError(f"{path} has in {name} {error}.") from error
+    return PeftConfig(path, values)
 
 
 def check_targeted(config: PeftConfig, layers: Collection[str]) -> None:

@@ -17,13 +17,14 @@ from mlx_trainer.export.mlx_layout import read_mlx, write_mlx
 from mlx_trainer.export.output import complete_folder
 from mlx_trainer.export.peft import layout, names
 from mlx_trainer.export.peft.agreement import check_logits
-from mlx_trainer.export.peft.formula import EMBEDDINGS, check_fits, layers_of
+from mlx_trainer.export.peft.formula import check_fits, layers_of
 from mlx_trainer.export.peft.layout import is_peft, read_peft, write_peft
 from mlx_trainer.models import source
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_config as read_settings
 from mlx_trainer.models.loading import load_model
 from mlx_trainer.models.lora.layers import dense_weight
+from mlx_trainer.models.lora.targets import EMBEDDINGS
 
 Base = str | os.PathLike[str] | None
 

@@ -11,10 +11,8 @@ import mlx.nn as nn
 
 from mlx_trainer.export.low_rank import Adapter
 from mlx_trainer.models.error import ModelError
-from mlx_trainer.models.lora.layers import dense_weight, dimensions
-
-EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
-LINEARS = (nn.Linear, nn.QuantizedLinear)
+from mlx_trainer.models.lora.layers import Linear, dense_weight, dimensions
+from mlx_trainer.models.lora.targets import EMBEDDINGS
 
 
 class PeftLayer(nn.Module):
@@ -47,7 +45,7 @@ class PeftLayer(nn.Module):
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
     """Return the layers of `model` that PEFT can adapt, by their path."""
-    return {path: layer for path, layer in model.named_modules() if isinstance(layer, EMBEDDINGS + LINEARS)}
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, (Linear, *EMBEDDINGS))}
 
 
 def check_fits(adapter: Adapter, layers: Mapping[str, Any], base: str) -> None:

@@ -1,6 +1,5 @@
 """PEFT's two files: `lora_A.weight` (rank, in) is `a` transposed, `lora_B.weight` (out, rank) is `b` transposed."""
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,10 +8,15 @@ from typing import Any
 import mlx.core as mx
 from attrs import evolve
 
-from mlx_trainer.export.low_rank import Adapter, LowRank, alpha_of, evened, low_rank, most, tensors_of
+from mlx_trainer.config.patterns import LONGEST_PATH
+from mlx_trainer.export.low_rank import Adapter, LowRank, alpha_of, evened, low_rank, tensors_of
 from mlx_trainer.export.peft import names
-from mlx_trainer.export.peft.config import CONFIG, PeftConfig, check_targeted, describe, read_config
+from mlx_trainer.export.peft.config import PeftConfig, check_targeted, describe, read_config
+from mlx_trainer.models.adapter_config import CONFIG
 from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.hf_config import write_json
+from mlx_trainer.models.loading import write_tensors
+from mlx_trainer.models.lora.layout import most
 from mlx_trainer.monitoring import visible
 
 TENSORS = "adapter_model.safetensors"
@@ -28,7 +32,9 @@ LEAVES = {
 EMBEDDINGS = ("embed_tokens",)
 """The last names of layers that look up instead of multiplying; PEFT calls their tensors otherwise."""
 
-TENSOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(map(re.escape, LEAVES))}|base_layer\.weight)")
+TENSOR = re.compile(
+    rf"{re.escape(PREFIX)}(.{{1,{LONGEST_PATH}}})\.({'|'.join(map(re.escape, LEAVES))}|base_layer\.weight)"
+)
 
 
 def is_peft(directory: Path) -> bool:
@@ -111,11 +117,9 @@ def write_peft(adapter: Adapter, directory: Path, known: Collection[str] | None 
             )
         rest = alpha_of(layer, rslora=adapter.use_rslora) / alphas[path]
         tensors |= {f"{PREFIX}{path}.{leaf}": value for leaf, value in peft_tensors(path, layer, rest).items()}
-    with (directory / TENSORS).open("wb") as file:
-        mx.save_safetensors(file, tensors, metadata={"format": "pt"})
+    write_tensors(directory / TENSORS, tensors, layout="pt")
     config = peft_config(adapter, layers, alphas) | describe(layers, others)
-    text = json.dumps(dict(sorted(config.items())), indent=2)
-    (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, dict(sorted(config.items())))
 
 
 def name_or_none(path: str) -> str | None:

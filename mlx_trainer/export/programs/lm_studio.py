@@ -2,9 +2,9 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
+from mlx_trainer.export.output import complete_folder
 from mlx_trainer.export.publishing.card import is_repository
 from mlx_trainer.export.publishing.contents import MODEL, contents_of
 from mlx_trainer.models import ModelError
@@ -29,12 +29,8 @@ def lm_studio(
     target = Path(root).expanduser() / name
     if target.exists() or target.is_symlink():
         raise ModelError(f"{target} is there already; name another model, or remove it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as beside:
-        made = Path(beside) / "model"
-        made.mkdir()
+    with complete_folder(target) as made:
         for file in contents.files:
             source = (contents.folder / file).resolve()
             (made / file).symlink_to(source) if link else shutil.copy2(source, made / file)
-        made.rename(target)
     return target

@@ -6,6 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_trainer.models.quantized import dequantize
+
 Linear = nn.Linear | nn.QuantizedLinear
 ADAPTER_NAMES = ("lora_a", "lora_b")
 MAGNITUDE = "m"
@@ -122,11 +124,12 @@ def dimensions(layer: Any) -> tuple[int, int]:
 
 def dense_weight(layer: Any) -> mx.array:
     """The weight of `layer` as float32, (out, in); a packed one as MLX rounds it, to the type of its scales."""
-    if "scales" not in layer:
-        weight: mx.array = layer.weight.astype(mx.float32)
-        return weight
-    packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode, "dtype": mx.float32}
-    return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **packing)
+    weight: mx.array = layer.weight
+    if "scales" in layer:
+        biases = layer.get("biases")
+        kind = mx.float32 if biases is None else layer.scales.dtype
+        weight = dequantize(weight, layer.scales, biases, kind, layer.group_size, layer.bits, layer.mode)
+    return weight.astype(mx.float32)
 
 
 def float_type(layer: Any) -> mx.Dtype:

@@ -6,8 +6,8 @@ and one whose start is taken off has that start beside it: the same function eac
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +15,7 @@ from attrs import frozen
 
 from mlx_trainer.models.lora.layers import MAGNITUDE, factors, rank_of
 
+Value = TypeVar("Value")
 Tensors = Mapping[str, mx.array]
 """Those of one layer by their last name, or those of a model by their dotted one."""
 
@@ -29,12 +30,17 @@ class Layout:
     @classmethod
     def of(cls, layers: Mapping[str, Any]) -> "Layout":
         """The one for `layers`, not empty: their largest rank and their most frequent scale."""
-        (scale, _), *_ = Counter(layer.scale for layer in layers.values()).most_common()
-        return cls(max(factors(layer)[0].shape[1] for layer in layers.values()), scale)
+        rank = max(factors(layer)[0].shape[1] for layer in layers.values())
+        return cls(rank, most(layer.scale for layer in layers.values()))
 
     def ratio(self, layer: Any) -> float:
         """What the `lora_b` of `layer` is multiplied by, as float32 has it."""
         return float(np.float32(layer.scale / self.scale))
+
+
+def most(values: Iterable[Value]) -> Value:
+    """Return the most frequent of `values`, the first of several."""
+    return Counter(values).most_common(1)[0][0]
 
 
 def tensors_of(layer: Any) -> dict[str, mx.array]:
