@@ -44,11 +44,13 @@ from mlx_trainer.preference import DPOModule, ORPOModule, precompute_reference
 from mlx_trainer.run_folder import (
     check_run_directory,
     description,
+    goes_on,
     leave_report,
     refuse_secrets,
     run_directory,
     tell,
 )
+from mlx_trainer.start import begin_at, refer_to
 from mlx_trainer.trainer import Trainer, TrainingResult
 
 log = logging.getLogger("mlx_trainer.build")
@@ -72,7 +74,7 @@ def train(config: Config) -> TrainingResult:
         data = build_data(config, module)
         report = build_report(config, data, module, EXAMPLES)
         tell(report)
-        prepare(config, module, data)
+        prepare(config, module, data, resumed=goes_on(run_dir, config.run.resume))
     with setup_logging(make_folder(run_dir)):
         # With the folder that was found, so that `train <folder>/config.yaml --resume auto` continues this very run.
         resolved = evolve(config, run=evolve(config.run, directory=str(run_dir)))
@@ -104,6 +106,8 @@ def evaluate(config: Config, adapter: str | None = None, *, whole: bool = False)
     with setup_logging(level="WARNING"):
         kind, options = method_of(config)
         module = trained_module(config.model, adapter, kind, **options)
+        if config.training.adapter is not None:
+            refer_to(Path(config.training.adapter), module)
         data = build_data(config, module)
         loader = data.train_loader() if whole else data.validation_loader()
         if loader is None:
@@ -177,8 +181,13 @@ def method_of(config: Config) -> tuple[type[CausalLMModule], dict[str, Any]]:
     return methods.get(config.training.method, (CausalLMModule, {}))
 
 
-def prepare(config: Config, module: CausalLMModule, data: DataPipeline) -> None:
-    """Load the model for a training, and compute what `config` wants to have been computed before."""
+def prepare(config: Config, module: CausalLMModule, data: DataPipeline, *, resumed: bool = False) -> None:
+    """Load the model for a training, and compute what `config` wants to have been computed before.
+
+    Where it is `resumed`, the trainer then reads its weights from a checkpoint.
+    """
+    if config.training.adapter is not None and not (resumed and config.training.method != "dpo"):
+        begin_at(Path(config.training.adapter), module)
     if isinstance(module, DPOModule) and config.preference.precompute_ref_log_probs:
         precompute_reference(module, data)
     module.setup("fit")

@@ -10,7 +10,7 @@ from attrs import evolve
 
 from mlx_trainer.callback import Callback
 from mlx_trainer.callbacks import LambdaCallback
-from mlx_trainer.checkpoint import verify
+from mlx_trainer.checkpoint import CheckpointStore, verify
 from mlx_trainer.config import Config, ConfigError, to_yaml
 from mlx_trainer.data import DataReport, show_examples
 from mlx_trainer.models import CausalLMModule
@@ -67,6 +67,11 @@ def check_run_directory(run_dir: Path, resume: str | None) -> None:
         raise ConfigError(f"{run_dir}: cannot be made, because {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{run_dir}: cannot be made, because {existing} is not yours to write")
+
+
+def goes_on(run_dir: Path, resume: str | None) -> bool:
+    """Tell whether a training in `run_dir` takes its weights from a checkpoint; "auto" may find none."""
+    return resume is not None and (resume != "auto" or bool(CheckpointStore(run_dir / "checkpoints").list()))
 
 
 def description(config: Config, module: CausalLMModule, report: DataReport) -> Callback:

@@ -64,6 +64,8 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
     data: Any = build.build_data(found, module)
     computed: list[object] = []
     monkeypatch.setattr(build, "precompute_reference", lambda *given: computed.append(given))
+    begun: list[Path] = []
+    monkeypatch.setattr(build, "begin_at", lambda adapter, _: begun.append(adapter))
     monkeypatch.setattr(module, "setup", lambda stage: None)
     build.prepare(found, module, data)
     samples, checkpoints = by_name.get("SampleGenerator"), by_name["ModelCheckpoint"]
@@ -88,6 +90,7 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "lora.alpha_pattern": lora.alpha_pattern,
         **{f"adalora.{name}": value for name, value in asdict(getattr(module, "adalora", AdaLoRAConfig())).items()},
         "training.method": module.fingerprint()["method"],
+        "training.adapter": str(begun[0]) if begun else None,
         "training.batch_size": data["batch_size"],
         "training.batch_tokens": data["batch_tokens"],
         "training.gradient_accumulation_steps": trainer.accumulate,
@@ -168,6 +171,7 @@ CHANGED: dict[str, object] = {
     "adalora.beta2": 0.5,
     "adalora.orth_reg_weight": 0.25,
     "training.method": "full",
+    "training.adapter": "sft",
     "training.batch_size": 3,
     "training.batch_tokens": 4096,
     "training.gradient_accumulation_steps": 5,

@@ -1,12 +1,13 @@
 """How likely a model finds each answer of a batch of pairs, and what the frozen base under its adapters finds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 from attrs import frozen
+from mlx.utils import tree_unflatten
 
 from mlx_trainer.models.bare import without_adapters
 from mlx_trainer.models.error import ModelError
@@ -73,4 +74,17 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
     finally:
+        model.train(training)
+
+
+@contextmanager
+def parameters_as(kept: Mapping[str, mx.array], model: nn.Module) -> Iterator[None]:
+    """Inside, `model` has the parameters `kept` in place of its trained ones, and is in eval mode; also in a trace."""
+    own, training = trainable(model), model.training
+    model.update(tree_unflatten(list(kept.items())))
+    model.eval()
+    try:
+        yield
+    finally:
+        model.update(tree_unflatten(list(own.items())))
         model.train(training)
