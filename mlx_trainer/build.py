@@ -97,7 +97,8 @@ def inspect(config: Config, rows: int = 2) -> DataReport:
 def evaluate(config: Config, adapter: str | None = None, *, whole: bool = False) -> EvalMetrics:
     """Return loss and perplexity on the held-out rows of `config`, or on the `whole` dataset.
 
-    Of preferences these are loss and rewards. Raises ConfigError where no row is held out, or no adapter has them.
+    Of preferences these are loss and rewards, with the training's own reference. Raises ConfigError where no row is
+    held out, or no adapter has learned them.
     """
     if config.training.on_preferences and (adapter is None or lora_of(Path(adapter)) is None):
         raise ConfigError(f"training.method {config.training.method} is evaluated with an adapter; name its --adapter")

@@ -26,6 +26,8 @@ class PreferenceModule(CausalLMModule):
     called as in TRL. Subclasses give `pair_losses`.
     """
 
+    loss_of_tokens = False
+
     def __init__(self, model_name_or_path: ModelName, **arguments: Any) -> None:
         super().__init__(model_name_or_path, **arguments)
         if self.neftune_noise_alpha is not None:
