@@ -36,17 +36,16 @@ from mlx_trainer.models.adapter_config import TENSORS, lora_of
 from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.models.last_layers import blocks_named, unfreeze_last
 from mlx_trainer.models.loading import open_tensors
-from mlx_trainer.monitoring import (
-    make_folder,
-    setup_logging,
-)
+from mlx_trainer.monitoring import make_folder, setup_logging
 from mlx_trainer.preference import DPOModule, ORPOModule, precompute_reference
 from mlx_trainer.run_folder import (
+    as_begun,
     check_run_directory,
     description,
     goes_on,
     leave_report,
     refuse_secrets,
+    resolved_config,
     run_directory,
     tell,
 )
@@ -70,14 +69,14 @@ def train(config: Config) -> TrainingResult:
             log.warning("%s", sentence)
         run_dir = run_directory(config)
         check_run_directory(run_dir, config.run.resume)
+        config = as_begun(config, run_dir)
         module = build_module(config)
         data = build_data(config, module)
         report = build_report(config, data, module, EXAMPLES)
         tell(report)
         prepare(config, module, data, resumed=goes_on(run_dir, config.run.resume))
     with setup_logging(make_folder(run_dir)):
-        # With the folder that was found, so that `train <folder>/config.yaml --resume auto` continues this very run.
-        resolved = evolve(config, run=evolve(config.run, directory=str(run_dir)))
+        resolved = resolved_config(config, run_dir, module)
         describing = description(resolved, module, report)
         trainer = build_trainer(resolved, run_dir, describing, evaluating=bool(data.validation_rows))
         try:
