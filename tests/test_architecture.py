@@ -62,7 +62,7 @@ ALLOWED = {
     "trainer": CORE,
     "data": LEAVES,
     "prompts": {"data"},
-    "models": LEAVES | {"fusion", "module", "optim", "prompts", "state"},
+    "models": LEAVES | {"fusion", "module", "optim", "prompts", "state", "traced"},
     "preference": LEAVES | {"data", "models", "module", "traced"},
     "optim": LEAVES,
     "callbacks": LEAVES | CORE,
