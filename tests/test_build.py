@@ -304,6 +304,32 @@ def test_a_run_leaves_a_complete_folder() -> None:
     assert "<h2>Data</h2>" in (folder / "report.html").read_text()
 
 
+@pytest.mark.parametrize("told", ["{}", "[]", "{", '{"model": {"name": "owner/base", "revision": null}}'])
+def test_a_run_that_tells_no_commit_goes_on_as_the_recipe_says(told: str) -> None:
+    """Damaged, of another program or of a folder's model: its weights are compared with the checkpoint in any case."""
+    Path("one/checkpoints/step-00000001").mkdir(parents=True)
+    Path("one/environment.json").write_text(told)
+    found = config(run__directory="one", run__resume="auto", model__model_name="owner/base")
+    assert run_folder.as_begun(found, Path("one")) == found
+
+
+def test_only_a_run_that_goes_on_keeps_its_commit() -> None:
+    """Not a new one in the same folder, nor one that names a revision, another model, or a folder."""
+    Path("one/environment.json").parent.mkdir()
+    Path("one/environment.json").write_text('{"model": {"name": "owner/base", "revision": "abc"}}')
+    goes_on = {"run__directory": "one", "run__resume": "auto", "model__model_name": "owner/base"}
+
+    def revision(**options: object) -> str | None:
+        return run_folder.as_begun(config(**(goes_on | options)), Path("one")).model.revision
+
+    assert revision() is None
+    Path("one/checkpoints/step-00000001").mkdir(parents=True)
+    assert revision() == "abc"
+    assert revision(model__revision="v2") == "v2"
+    others = [{"run__resume": None}, {"model__model_name": "owner/other"}, {"model__model_name": "base"}]
+    assert [revision(**other) for other in others] == [None] * 3
+
+
 def test_a_report_is_left_however_a_run_ends(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

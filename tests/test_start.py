@@ -102,6 +102,30 @@ def test_training_begins_at_the_adapter(adapter: str, capsys: pytest.CaptureFixt
     assert "was trained on" not in told
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"lora__use_dora": True},
+    "pissa": {"lora__init_lora_weights": "pissa"},
+    "ranks by their root": {"lora__use_rslora": True, "lora__rank_pattern": {"v_proj": 3}},
+    "one block": {"training__trainable_layers": 1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_is_trained_on(kind: str) -> None:
+    """By the options that it was trained with, also with DPO, which begins without a margin."""
+    build.train(config(f"{kind} first", training__max_steps=2, **KINDS[kind]))
+    begun = {"training__adapter": f"{kind} first/adapter", **KINDS[kind]}
+    build.train(config(f"{kind} on", training__learning_rate=1e-9, training__max_steps=1, **begun))
+    ends = [adapters(f"{kind} {run}/adapter") for run in ("first", "on")]
+    assert all(mx.allclose(ends[1][name], value, rtol=1e-5, atol=1e-7).item() for name, value in ends[0].items())
+    preferring = preferences(f"{kind} dpo", training__max_steps=2, **begun)
+    build.train(preferring)
+    margins = MetricsTracker.read(Path(f"{kind} dpo/metrics.jsonl")).series("train/rewards/margins")[1]
+    assert margins[0] == pytest.approx(0, abs=1e-5)
+    assert abs(margins[1]) > 1e-3
+    assert build.evaluate(preferring, f"{kind} first/adapter").metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
 def test_a_resumed_run_needs_the_adapter_no_more() -> None:
     """It is read where --resume auto finds no checkpoint; afterwards it may be gone, and the run ends bit for bit."""
     shutil.copytree("sft", "gone")
