@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from attrs import asdict, evolve
+from attrs import asdict
 
 from mlx_trainer.callback import Callback
 from mlx_trainer.callbacks import (
@@ -29,19 +29,20 @@ from mlx_trainer.callbacks import (
 from mlx_trainer.config import Config, ModelConfig, unwise
 from mlx_trainer.data import DataPipeline, DataReport, render, report_on
 from mlx_trainer.models import AdaLoRAModule, CausalLMModule, MistralLoRAModule
-from mlx_trainer.monitoring import (
-    make_folder,
-    setup_logging,
-)
+from mlx_trainer.monitoring import make_folder, setup_logging
 from mlx_trainer.preference import DPOModule, ORPOModule, precompute_reference
 from mlx_trainer.run_folder import (
+    as_begun,
     check_run_directory,
     description,
+    goes_on,
     leave_report,
     refuse_secrets,
+    resolved_config,
     run_directory,
     tell,
 )
+from mlx_trainer.start import begin_at
 from mlx_trainer.trainer import Trainer, TrainingResult
 
 log = logging.getLogger("mlx_trainer.build")
@@ -61,14 +62,14 @@ def train(config: Config) -> TrainingResult:
             log.warning("%s", sentence)
         run_dir = run_directory(config)
         check_run_directory(run_dir, config.run.resume)
+        config = as_begun(config, run_dir)
         module = build_module(config)
         data = build_data(config, module)
         report = build_report(config, data, module, EXAMPLES)
         tell(report)
-        prepare(config, module, data)
+        prepare(config, module, data, resumed=goes_on(run_dir, config.run.resume))
     with setup_logging(make_folder(run_dir)):
-        # With the folder that was found, so that `train <folder>/config.yaml --resume auto` continues this very run.
-        resolved = evolve(config, run=evolve(config.run, directory=str(run_dir)))
+        resolved = resolved_config(config, run_dir, module)
         describing = description(resolved, module, report)
         trainer = build_trainer(resolved, run_dir, describing, evaluating=bool(data.validation_rows))
         try:
@@ -121,8 +122,13 @@ def method_of(config: Config) -> tuple[type[CausalLMModule], dict[str, Any]]:
     return methods.get(config.training.method, (CausalLMModule, {}))
 
 
-def prepare(config: Config, module: CausalLMModule, data: DataPipeline) -> None:
-    """Load the model for a training, and compute what `config` wants to have been computed before."""
+def prepare(config: Config, module: CausalLMModule, data: DataPipeline, *, resumed: bool = False) -> None:
+    """Load the model for a training, and compute what `config` wants to have been computed before.
+
+    Where it is `resumed`, the trainer then reads its weights from a checkpoint.
+    """
+    if config.training.adapter is not None and not (resumed and config.training.method != "dpo"):
+        begin_at(Path(config.training.adapter), module)
     if isinstance(module, DPOModule) and config.preference.precompute_ref_log_probs:
         precompute_reference(module, data)
     module.setup("fit")

@@ -32,6 +32,8 @@ class EvalMetrics:
     """Sums of `module.count(batch)`."""
     metrics: dict[str, float] = attrs.field(factory=dict)
     """Means of the module's metrics and of your own; what is added in `on_evaluation_end` reaches the loggers."""
+    of_tokens: bool = True
+    """Whether the loss is the mean of what tokens cost, so that its exp is a perplexity (`module.loss_of_tokens`)."""
 
     @property
     def perplexity(self) -> float:
@@ -49,9 +51,9 @@ class EvalMetrics:
         return self.counts["tokens"] / self.samples if "tokens" in self.counts else math.nan
 
     def as_dict(self) -> dict[str, float]:
-        """By TensorBoard tag: val/loss, val/perplexity, and each further metric."""
+        """By TensorBoard tag: val/loss, val/perplexity where the loss is of tokens, and each further metric."""
         named = {f"val/{name}": value for name, value in self.metrics.items()}
-        return {"val/loss": self.loss, "val/perplexity": self.perplexity, **named}
+        return {"val/loss": self.loss} | ({"val/perplexity": self.perplexity} if self.of_tokens else {}) | named
 
 
 @attrs.frozen
@@ -115,7 +117,8 @@ class EvaluationStep:
         means = weighted_means(sums)
         if "loss" not in means:
             raise ValueError("nothing to evaluate: the validation batches hold no row with a trained token")
-        return EvalMetrics(means.pop("loss"), len(sums), time.perf_counter() - start, dict(counts), means)
+        loss, seconds = means.pop("loss"), time.perf_counter() - start
+        return EvalMetrics(loss, len(sums), seconds, dict(counts), means, self.module.loss_of_tokens)
 
     def _batch_sums(self, tree: Any) -> Any:
         if (shape := shape_key(tree)) in self._seen:

@@ -47,6 +47,9 @@ class TrainerModule:
     artifact: str = "model"
     """The folder name of the finished result inside a run."""
 
+    loss_of_tokens: bool = True
+    """Whether the loss is what tokens cost in nats, of which evaluations tell exp(loss) as the perplexity."""
+
     @property
     def batch_layout(self) -> str | None:
         """The layout of batches that the losses are quickest with, for data that has several; None: as it comes."""

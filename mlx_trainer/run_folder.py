@@ -10,10 +10,11 @@ from attrs import evolve
 
 from mlx_trainer.callback import Callback
 from mlx_trainer.callbacks import LambdaCallback
-from mlx_trainer.checkpoint import verify
-from mlx_trainer.config import Config, ConfigError, to_yaml
+from mlx_trainer.checkpoint import CheckpointStore, verify
+from mlx_trainer.config import Config, ConfigError, ModelConfig, to_yaml
 from mlx_trainer.data import DataReport, show_examples
-from mlx_trainer.models import CausalLMModule
+from mlx_trainer.models import CausalLMModule, ModelError
+from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.module import TrainerModule
 from mlx_trainer.monitoring import (
     MonitoringError,
@@ -67,6 +68,46 @@ def check_run_directory(run_dir: Path, resume: str | None) -> None:
         raise ConfigError(f"{run_dir}: cannot be made, because {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{run_dir}: cannot be made, because {existing} is not yours to write")
+
+
+def goes_on(run_dir: Path, resume: str | None) -> bool:
+    """Tell whether a training in `run_dir` takes its weights from a checkpoint; "auto" may find none."""
+    return resume is not None and (resume != "auto" or bool(CheckpointStore(run_dir / "checkpoints").list()))
+
+
+def as_begun(config: Config, run_dir: Path) -> Config:
+    """Return `config` with the Hub's commit that the run began with, where it goes on and names no revision.
+
+    A branch may have moved since, and the checkpoint would not fit its weights.
+    """
+    resume, model = config.run.resume, config.model
+    if resume is None or model.revision is not None or is_local(model) or not goes_on(run_dir, resume):
+        return config
+    folder = run_dir if resume == "auto" else Path(resume).absolute().parents[1]
+    try:
+        begun = read_json(folder / "environment.json")["model"]
+        name, commit = begun["name"], begun["revision"]
+    except (ModelError, KeyError, TypeError):  # the checkpoint itself then tells of weights that it does not fit
+        return config
+    if name != model.model_name or commit is None:
+        return config
+    log.info("%s at commit %s, with which the run began", name, commit)
+    return evolve(config, model=evolve(model, revision=commit))
+
+
+def resolved_config(config: Config, run_dir: Path, module: CausalLMModule) -> Config:
+    """Return `config` with what was found: the run's folder, and the Hub's commit of the base model.
+
+    So `train <folder>/config.yaml --resume auto` continues this very run, and without --resume repeats it.
+    """
+    commit = None if is_local(config.model) else module.base_facts()["revision"]
+    model = config.model if commit is None else evolve(config.model, revision=commit)
+    return evolve(config, model=model, run=evolve(config.run, directory=str(run_dir)))
+
+
+def is_local(model: ModelConfig) -> bool:
+    """Tell whether a base is a folder here, which has no revisions, even where it lies in the Hub's cache."""
+    return Path(model.model_name).expanduser().is_dir()
 
 
 def description(config: Config, module: CausalLMModule, report: DataReport) -> Callback:

@@ -16,13 +16,15 @@ from mlx_trainer.models.hf_config import read_json
 from mlx_trainer.models.last_layers import blocks_named, unfreeze_last
 from mlx_trainer.models.loading import open_tensors
 from mlx_trainer.monitoring import setup_logging
+from mlx_trainer.start import refer_to
 from mlx_trainer.trainer import Trainer
 
 
 def evaluate(config: Config, adapter: str | None = None, *, whole: bool = False) -> EvalMetrics:
     """Return loss and perplexity on the held-out rows of `config`, or on the `whole` dataset.
 
-    Of preferences these are loss and rewards. Raises ConfigError where no row is held out, or no adapter has them.
+    Of preferences these are loss and rewards, with the training's own reference. Raises ConfigError where no row is
+    held out, or no adapter has learned them.
     """
     if config.training.on_preferences and (adapter is None or lora_of(Path(adapter)) is None):
         raise ConfigError(f"training.method {config.training.method} is evaluated with an adapter; name its --adapter")
@@ -31,6 +33,8 @@ def evaluate(config: Config, adapter: str | None = None, *, whole: bool = False)
     with setup_logging(level="WARNING"):
         kind, options = method_of(config)
         module = trained_module(config.model, adapter, kind, **options)
+        if config.training.adapter is not None:
+            refer_to(Path(config.training.adapter), module)
         data = build_data(config, module)
         loader = data.train_loader() if whole else data.validation_loader()
         if loader is None:

@@ -64,6 +64,8 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
     data: Any = build.build_data(found, module)
     computed: list[object] = []
     monkeypatch.setattr(build, "precompute_reference", lambda *given: computed.append(given))
+    begun: list[Path] = []
+    monkeypatch.setattr(build, "begin_at", lambda adapter, _: begun.append(adapter))
     monkeypatch.setattr(module, "setup", lambda stage: None)
     build.prepare(found, module, data)
     samples, checkpoints = by_name.get("SampleGenerator"), by_name["ModelCheckpoint"]
@@ -88,6 +90,7 @@ def arrived(found: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "lora.alpha_pattern": lora.alpha_pattern,
         **{f"adalora.{name}": value for name, value in asdict(getattr(module, "adalora", AdaLoRAConfig())).items()},
         "training.method": module.fingerprint()["method"],
+        "training.adapter": str(begun[0]) if begun else None,
         "training.batch_size": data["batch_size"],
         "training.batch_tokens": data["batch_tokens"],
         "training.gradient_accumulation_steps": trainer.accumulate,
@@ -168,6 +171,7 @@ CHANGED: dict[str, object] = {
     "adalora.beta2": 0.5,
     "adalora.orth_reg_weight": 0.25,
     "training.method": "full",
+    "training.adapter": "sft",
     "training.batch_size": 3,
     "training.batch_tokens": 4096,
     "training.gradient_accumulation_steps": 5,
@@ -298,6 +302,32 @@ def test_a_run_leaves_a_complete_folder() -> None:
     environment = json.loads((folder / "environment.json").read_text())
     assert (environment["seed"], environment["data"]["rows"], environment["data"]["train_rows"]) == (42, 8, 6)
     assert "<h2>Data</h2>" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("told", ["{}", "[]", "{", '{"model": {"name": "owner/base", "revision": null}}'])
+def test_a_run_that_tells_no_commit_goes_on_as_the_recipe_says(told: str) -> None:
+    """Damaged, of another program or of a folder's model: its weights are compared with the checkpoint in any case."""
+    Path("one/checkpoints/step-00000001").mkdir(parents=True)
+    Path("one/environment.json").write_text(told)
+    found = config(run__directory="one", run__resume="auto", model__model_name="owner/base")
+    assert run_folder.as_begun(found, Path("one")) == found
+
+
+def test_only_a_run_that_goes_on_keeps_its_commit() -> None:
+    """Not a new one in the same folder, nor one that names a revision, another model, or a folder."""
+    Path("one/environment.json").parent.mkdir()
+    Path("one/environment.json").write_text('{"model": {"name": "owner/base", "revision": "abc"}}')
+    goes_on = {"run__directory": "one", "run__resume": "auto", "model__model_name": "owner/base"}
+
+    def revision(**options: object) -> str | None:
+        return run_folder.as_begun(config(**(goes_on | options)), Path("one")).model.revision
+
+    assert revision() is None
+    Path("one/checkpoints/step-00000001").mkdir(parents=True)
+    assert revision() == "abc"
+    assert revision(model__revision="v2") == "v2"
+    others = [{"run__resume": None}, {"model__model_name": "owner/other"}, {"model__model_name": "base"}]
+    assert [revision(**other) for other in others] == [None] * 3
 
 
 def test_a_report_is_left_however_a_run_ends(

@@ -14,7 +14,12 @@ from mlx_trainer.config.arguments import Parser, add_options, dataset_of, overri
 
 PROGRAM = "mlx-trainer"
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
-SHORT = {"model.model_name": "--model", "run.directory": "--output", "run.resume": "--resume"}
+SHORT = {
+    "model.model_name": "--model",
+    "training.adapter": "--adapter",
+    "run.directory": "--output",
+    "run.resume": "--resume",
+}
 
 ALL = ("model", "lora", "adalora", "training", "preference", "data", "evaluation", "run")
 FILES = {

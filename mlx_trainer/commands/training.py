@@ -81,7 +81,7 @@ COMMANDS = {
     "train": Command(
         train,
         "Fine-tune a model on data files, or as a recipe says.",
-        "[FILE ...] [--model NAME] [--output DIR] [--section.key VALUE ...]",
+        "[FILE ...] [--model NAME] [--adapter DIR] [--output DIR] [--section.key VALUE ...]",
         ALL,
         {
             "inputs": FILES,

@@ -26,7 +26,7 @@ def evaluate(given: Given) -> int:
 COMMANDS = {
     "evaluate": Command(
         evaluate,
-        "Print loss and perplexity on data files, or on the rows that a recipe holds back.",
+        "Print loss and perplexity (of preferences accuracy and margin) on data files, or on rows a recipe holds back.",
         "FILE ... [--model NAME] [--adapter DIR] [--section.key VALUE ...]",
         ("model", "data"),
         {"inputs": FILES, "--adapter": ADAPTER},

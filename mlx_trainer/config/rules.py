@@ -29,6 +29,11 @@ def _contradictions(config: "Config") -> Iterator[str]:
         )
     if config.training.method == "full" and config.training.loraplus_lr_ratio is not None:
         yield "training.loraplus_lr_ratio is for adapters; leave it out, or set training.method to lora"
+    if config.training.method == "full" and config.training.adapter is not None:
+        yield (
+            "training.adapter is an adapter to train on, and training.method full has none; merge it first "
+            "(mlx-trainer merge) and name what comes out as model.model_name, or set training.method to lora"
+        )
     if config.lora.layers_to_transform is not None and config.training.trainable_layers is not None:
         yield "training.trainable_layers and lora.layers_to_transform both choose blocks; leave one of them out"
     yield from _adalora_contradictions(config)
@@ -64,6 +69,8 @@ def _adalora_contradictions(config: "Config") -> Iterator[str]:
         return
     if training.method != "lora":
         yield "adalora.target_r is for training.method lora alone; leave it out, or set that"
+    if training.adapter is not None:
+        yield "adalora.target_r begins at new adapters of its own; leave it out, or training.adapter"
     if adalora.target_r > lora.rank:
         yield f"adalora.target_r {adalora.target_r} is above lora.rank ({lora.rank}), which ranks begin at"
     if lora.use_dora or lora.init_lora_weights != "default":

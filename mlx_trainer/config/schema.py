@@ -111,6 +111,9 @@ class TrainingConfig:
     method: Literal["lora", "full", "dpo", "orpo"] = option(
         "Train LoRA adapters, or all weights; dpo and orpo train LoRA adapters on preferences", "lora"
     )
+    adapter: str | None = option(
+        "Folder of the adapter that training begins at, mlx-lm's or PEFT's; null: a new one", None, NOT_EMPTY
+    )
     batch_size: int = option("Rows per micro-batch", 2, COUNT)
     batch_tokens: int | None = option("Tokens per micro-batch instead, padding included", None, COUNT)
     gradient_accumulation_steps: int = option("Micro-batches per optimizer step", 4, COUNT)

@@ -15,6 +15,7 @@ from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models import adapters, generation, loading, provenance, source
 from mlx_trainer.models.arguments import check_dtype, check_method, check_recompute, told
 from mlx_trainer.models.error import ModelError
+from mlx_trainer.models.graph_memory import padded_peak
 from mlx_trainer.models.head import head_loss
 from mlx_trainer.models.hf_config import ModelSettings, read_config, vocabulary_size
 from mlx_trainer.models.last_layers import on_last, unfreeze_last
@@ -201,8 +202,9 @@ class CausalLMModule(TrainerModule):
             check_ids(batch, size)
 
     def memory_estimate(self, batch: Any) -> int | None:
-        """Return what a step needs as it would run, in bytes; None for padded batches, which nobody has measured."""
-        return self._estimate(batch).peak if hasattr(batch, "cells") else None
+        """Return what a step needs as it would run, in bytes; None for padded batches where `padded_peak` has none."""
+        optimizer = self.configure_optimizer(1_000_000)
+        return self._estimate(batch).peak if hasattr(batch, "cells") else padded_peak(self, batch, optimizer)
 
     def predict(self, batch: Any) -> mx.array:
         """Return the logits of a batch; raises ModelError for a token id beyond the vocabulary."""

@@ -95,7 +95,7 @@ def estimate(model: Any, batch: Any, optimizer: Optimizer, policy: Policy) -> Me
     """What a step of `model` needs with `policy`, for an unpadded batch of this shape; nothing is computed.
 
     `optimizer` is given a new state. A sum of several micro-batches' gradients is not counted: for adapters it is next
-    to nothing.
+    to nothing. Nor is DPO's reference, of which nothing is kept for gradients: it has its turn of what is in flight.
     """
     *earlier, last = model.model.layers
     positions, predictions = batch.input_ids.size, batch.targets.size

@@ -1,12 +1,13 @@
 """How likely a model finds each answer of a batch of pairs, and what the frozen base under its adapters finds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 from attrs import frozen
+from mlx.utils import tree_unflatten
 
 from mlx_trainer.eval_mode import eval_mode
 from mlx_trainer.models.bare import without_adapters
@@ -70,3 +71,15 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
                 "such); train adapters alone, or use ORPO, which needs no reference."
             )
         yield
+
+
+@contextmanager
+def parameters_as(kept: Mapping[str, mx.array], model: nn.Module) -> Iterator[None]:
+    """Inside, `model` has the parameters `kept` in place of its trained ones, and is in eval mode; also in a trace."""
+    own = trainable(model)
+    model.update(tree_unflatten(list(kept.items())))
+    try:
+        with eval_mode(model):
+            yield
+    finally:
+        model.update(tree_unflatten(list(own.items())))

@@ -1,15 +1,18 @@
 """Modules that learn from pairs of answers, of which one is preferred: `DPOModule` and `ORPOModule`."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_trainer.models import CausalLMModule, ModelError
+from mlx_trainer.models.lora import trainable
 from mlx_trainer.models.unpadded import hidden_states, takes_unpadded
 from mlx_trainer.module import LossOutput
-from mlx_trainer.preference.answers import Answers, adapters_off, padded_answers, unpadded_answers
+from mlx_trainer.preference.answers import Answers, adapters_off, padded_answers, parameters_as, unpadded_answers
 from mlx_trainer.preference.losses import LOSSES, LossType, odds_ratio_loss
 
 ModelName = str | os.PathLike[str]
@@ -22,6 +25,8 @@ class PreferenceModule(CausalLMModule):
     They come of `DataPipeline(…, pairs=True)`. Losses and metrics are summed over pairs; `rewards/…` and `logps/…` are
     called as in TRL. Subclasses give `pair_losses`.
     """
+
+    loss_of_tokens = False
 
     def __init__(self, model_name_or_path: ModelName, **arguments: Any) -> None:
         super().__init__(model_name_or_path, **arguments)
@@ -74,7 +79,9 @@ class DPOModule(PreferenceModule):
     pairs that are taken to be swapped. Other arguments are those of `CausalLMModule`.
 
     The reference is the frozen base under the adapters, without dropout: no second copy, and one forward more a step,
-    unless `precompute_reference` was called. Without adapters (`lora=None`) it must be, or steps raise ModelError.
+    unless `precompute_reference` was called. Where training begins at adapters that were trained before,
+    `keep_reference` makes these the reference. Without adapters (`lora=None`) one of both must be called, or steps
+    raise ModelError.
     """
 
     def __init__(
@@ -89,6 +96,15 @@ class DPOModule(PreferenceModule):
         super().__init__(model_name_or_path, **arguments)
         check_loss(loss_type, beta, label_smoothing)
         self.beta, self.label_smoothing, self.loss_type = beta, label_smoothing, loss_type
+        self.kept: Mapping[str, mx.array] = {}
+
+    def keep_reference(self) -> None:
+        """Let the model as it is now be the reference of all that follows, and not its base.
+
+        It is what TRL does with an adapter that it begins at. Costs a copy of what trains.
+        """
+        self.kept = {name: mx.array(value) for name, value in trainable(self.model).items()}
+        mx.eval(self.kept)
 
     def pair_losses(self, batch: Any, chosen: Answers, rejected: Answers) -> tuple[mx.array, Metrics]:
         """Return DPO's losses and the implicit rewards β (log π - log π_ref)."""
@@ -106,22 +122,23 @@ class DPOModule(PreferenceModule):
         return ratios.means if self.loss_type == "ipo" else ratios.log_probabilities
 
     def reference(self, batch: Any) -> mx.array:
-        """Return the reference's log-probability of each answer, (rows,): the batch's own, or the base's."""
+        """Return the reference's log-probability of each answer, (rows,): the batch's own, that kept, or the base's."""
         if hasattr(batch, "reference"):
             known: mx.array = batch.reference
             return known
-        if self.lora is None:
+        if self.lora is None and not self.kept:
             raise ModelError(
                 "DPO compares with the model before training, which full fine-tuning (lora=None) overwrites: call "
                 "precompute_reference(module, data) before, train adapters, or use ORPO, which needs no reference."
             )
-        with adapters_off(self.model):
+        with parameters_as(self.kept, self.model) if self.kept else adapters_off(self.model):
             return mx.stop_gradient(self.score(batch).log_probabilities)
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Return what decides on the numbers, the loss included."""
+        """Return what decides on the numbers, the loss and a kept reference included."""
+        kept = {"reference": digest(self.kept)} if self.kept else {}
         own = {"beta": self.beta, "label_smoothing": self.label_smoothing, "loss_type": self.loss_type}
-        return {**super().fingerprint(), "method": "dpo", **own}
+        return {**super().fingerprint(), "method": "dpo", **own, **kept}
 
 
 class ORPOModule(PreferenceModule):
@@ -169,3 +186,11 @@ def rewards(chosen: mx.array, rejected: mx.array) -> Metrics:
         "rewards/accuracies": (chosen > rejected).astype(mx.float32),
         "rewards/margins": chosen - rejected,
     }
+
+
+def digest(arrays: Mapping[str, mx.array]) -> str:
+    """16 hexadecimal digits of the names and bytes of `arrays`; reads them."""
+    found = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(arrays.items()):
+        found.update(name.encode() + np.array(value.reshape(-1).view(mx.uint8)).tobytes())
+    return found.hexdigest()

@@ -15,7 +15,7 @@ from mlx_trainer.data import BatchLoader, DataPipeline
 from mlx_trainer.data.encoding.tokenizer import FloatArray
 from mlx_trainer.data.store.rows import Rows
 from mlx_trainer.models import ModelError
-from mlx_trainer.preference.module import DPOModule
+from mlx_trainer.preference.module import DPOModule, digest
 from mlx_trainer.traced import from_tree, to_tree
 
 log = logging.getLogger("mlx_trainer.preference")
@@ -46,8 +46,9 @@ def reference_of(module: DPOModule, data: DataPipeline, rows: Rows) -> FloatArra
 
 
 def key_of(module: DPOModule, rows: Rows) -> str:
-    """The name under which they are kept: 40 hexadecimal digits of base, type and rows."""
-    facts = json.dumps([module.base_facts()["files"], module.dtype, version("mlx")])
+    """The name under which they are kept: 40 hexadecimal digits of base, kept adapters, type and rows."""
+    kept = [digest(module.kept)] if module.kept else []
+    facts = json.dumps([module.base_facts()["files"], module.dtype, version("mlx"), *kept])
     return hashlib.blake2b(facts.encode() + rows.column("digest").tobytes(), digest_size=20).hexdigest()
 
 

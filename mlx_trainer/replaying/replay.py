@@ -74,7 +74,7 @@ def replay(run_dir: str | Path, step: int) -> ReplayedStep:
     with setup_logging(level="ERROR"):  # that the callbacks of the run are not all here needs no warning
         module = build.build_module(config)
         data = build.build_data(config, module)
-        build.prepare(config, module, data)
+        build.prepare(config, module, data, resumed=begin is not None)
         loader = data.train_loader()
         watch = Watch(step)
         output = taken_again(trainer_of(config, begin, watch), module, loader, watch)

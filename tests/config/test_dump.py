@@ -66,12 +66,12 @@ def configs(draw: st.DrawFn) -> Config:
     }
     lora, adalora, training = drawn["lora"], drawn["adalora"], drawn["training"]
     if training["method"] == "full":
-        adalora["target_r"] = training["loraplus_lr_ratio"] = None
+        adalora["target_r"] = training["loraplus_lr_ratio"] = training["adapter"] = None
     if lora["layers_to_transform"] is not None:
         training["trainable_layers"] = None
     if adalora["target_r"] is not None:
         lora |= {"rank": max(lora["rank"], adalora["target_r"]), "use_dora": False, "init_lora_weights": "default"}
-        training |= {"ema_decay": None, "max_steps": None}
+        training |= {"ema_decay": None, "max_steps": None, "adapter": None}
     try:
         return Config(**{name: section(**drawn[name]) for name, section in sections().items()})
     except ConfigError:

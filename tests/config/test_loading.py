@@ -71,10 +71,10 @@ def test_every_problem_is_told_at_once_with_its_file_key_value_and_range() -> No
         "training: {learning_rte: 1e-4, epochs: 2, zzz: 3, rank: 1}\ndata: {shuffle: no}\n",
     )
     keys = (
-        "known keys: method, batch_size, batch_tokens, gradient_accumulation_steps, num_epochs, max_steps, optimizer, "
-        "schedule, learning_rate, warmup_steps, weight_decay, loraplus_lr_ratio, neftune_noise_alpha, ema_decay, "
-        "trainable_layers, max_grad_norm, nan_patience, nan_rollback, loss_spike, recompute, save_steps, keep_last, "
-        "keep_best, eval_steps, logging_steps"
+        "known keys: method, adapter, batch_size, batch_tokens, gradient_accumulation_steps, num_epochs, max_steps, "
+        "optimizer, schedule, learning_rate, warmup_steps, weight_decay, loraplus_lr_ratio, neftune_noise_alpha, "
+        "ema_decay, trainable_layers, max_grad_norm, nan_patience, nan_rollback, loss_spike, recompute, save_steps, "
+        "keep_last, keep_best, eval_steps, logging_steps"
     )
     assert sorted(error_of(path, data__seed=-1).split("\n")) == [
         "base.yaml: lora.rank is 1.7; it must be a whole number, at least 1",

@@ -20,6 +20,15 @@ DATA: dict[str, object] = {"data.dataset_path": "chats.jsonl"}
             "training.loraplus_lr_ratio is for adapters; leave it out, or set training.method to lora",
         ),
         (
+            {"training.method": "full", "model.dtype": "float32", "training.adapter": "sft"},
+            "training.adapter is an adapter to train on, and training.method full has none; merge it first "
+            "(mlx-trainer merge) and name what comes out as model.model_name, or set training.method to lora",
+        ),
+        (
+            {"adalora.target_r": 4, "training.adapter": "sft"},
+            "adalora.target_r begins at new adapters of its own; leave it out, or training.adapter",
+        ),
+        (
             {"training.trainable_layers": 4, "lora.layers_to_transform": [1]},
             "training.trainable_layers and lora.layers_to_transform both choose blocks; leave one of them out",
         ),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mlx_trainer.config import load_config
 from mlx_trainer.models import CausalLMModule, ModelError
 from mlx_trainer.models.provenance import SAMPLE_BYTES, SAMPLES, base_facts, sampled_digest
 from tests.hub_server import Hub
@@ -80,6 +81,35 @@ def test_a_revision_is_pinned_and_recorded(hub: Hub, tmp_path: Path) -> None:
 def test_tokenizer_and_weights_are_of_one_commit(hub: Hub, tmp_path: Path) -> None:
     """Where the branch moves after the tokenizer was loaded, the weights are still of the commit that it was from."""
     assert loaded(hub, tmp_path / "a", moving=NEW)["revision"] == OLD
+
+
+def trained(hub: Hub, folder: Path, *arguments: str) -> str:
+    """Train in a fresh process in `folder`, and return the commit that the run's configuration names."""
+    environment = {**os.environ, **hub.environment(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    small = {"model.dtype": "float32", "model.max_seq_length": "64", "lora.rank": "2", "data.train_split": "1"}
+    options = [f"--{key}={value}" for key, value in small.items()]
+    command = [sys.executable, "-m", "mlx_trainer", "train", *arguments, *options, "--output", "run"]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    revision = load_config(folder / "run" / "config.yaml").model.revision
+    assert json.loads((folder / "run" / "environment.json").read_text())["model"]["revision"] == revision
+    return str(revision)
+
+
+def test_a_run_keeps_the_commit_that_it_began_with(hub: Hub, tmp_path: Path) -> None:
+    """Resumed after the branch has moved, by its own configuration or by the recipe, which names no revision; another
+    run begins with what the branch is now.
+    """
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "dog", "completion": "sleep"}\n' * 20)
+    recipe = ("chats.jsonl", "--model", "someone/tiny", "--training.num_epochs")
+    assert trained(hub, tmp_path, *recipe, "1") == OLD
+    move(hub, NEW)
+    assert trained(hub, tmp_path, "run/config.yaml", "--resume", "auto", "--training.num_epochs", "2") == OLD
+    assert trained(hub, tmp_path, *recipe, "3", "--resume", "auto") == OLD
+    checkpoint = max((tmp_path / "run" / "checkpoints").glob("step-*")).name
+    assert trained(hub, tmp_path, *recipe, "4", "--resume", f"run/checkpoints/{checkpoint}") == OLD
+    (tmp_path / "run").rename(tmp_path / "before")
+    assert trained(hub, tmp_path, *recipe, "1") == NEW
 
 
 def test_the_option_verifies_what_came(hub: Hub, tmp_path: Path) -> None:

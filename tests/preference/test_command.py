@@ -103,6 +103,15 @@ def test_inspect_shows_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "⟦ no idea no idea" not in text.split("prefs.jsonl:1 rejected")[0]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_perplexity_is_told(method: str) -> None:
+    """exp of a preference's loss means nothing; what a run logs of the held-out pairs is loss, rewards and the rest."""
+    lines = [json.loads(line) for line in Path(method, "metrics.jsonl").read_text().splitlines()]
+    told = {name for line in lines for name in line if name.startswith("val/")}
+    assert {"val/loss", "val/rewards/accuracies", "val/rewards/margins"} < told
+    assert "val/perplexity" not in told
+
+
 def test_a_reference_computed_before_is_the_same() -> None:
     """The run logs the losses of one whose steps run the base, to rounding."""
     losses = {run: MetricsTracker.read(Path(run, "metrics.jsonl")).series("train/loss")[1] for run in ("dpo", "before")}

@@ -159,9 +159,16 @@ class BatchLoader:
         return [self.rows[i] for i in self.row_numbers(epoch, planned.rows).tolist()]
 
     def of_each_shape(self) -> Iterator[Batch | UnpaddedBatch]:
-        """One batch of each class of shapes, the first of epoch 0; the position stays as it is."""
+        """One batch of each class of shapes, the first of epoch 0; the position stays as it is.
+
+        Of padded ones without those that another has room for: whoever asks wants to know what the largest need.
+        """
         planned = self.plan(0)
-        return (self.batch(0, planned[i]) for i in np.unique(planned.classes, return_index=True)[1].tolist())
+        classes, firsts = np.unique(planned.classes, return_index=True)
+        shapes = [planned.shapes[number] for number in classes]
+        padded = self.layout == "padded"
+        largest = [not (padded and any(other.has_room_for(shape) for other in shapes)) for shape in shapes]
+        return (self.batch(0, planned[i]) for i in firsts[largest].tolist())
 
     @property
     def shapes(self) -> int:

@@ -65,6 +65,10 @@ class Shape:
         """Tokens of all prefixes together."""
         return self.groups * self.prefix
 
+    def has_room_for(self, other: "Shape") -> bool:
+        """Whether a padded batch of `other` would fit into one of this, with room to spare."""
+        return self != other and self.rows >= other.rows and self.length >= other.length
+
     def groups_of(self, rows: int) -> int:
         """How many groups so many rows are, of which the last may be short."""
         return -(-rows * self.groups // self.rows)

@@ -177,3 +177,10 @@ def test_unpadded_batches_have_two_shapes_a_class(tmp_path: Path) -> None:
     loaded = loader(uneven, layout="unpadded", budget=Budget(rows=4, max_shapes=2))
     shapes = {(batch.input_ids.shape, batch.targets.shape) for _ in range(20) for batch in loaded}
     assert len(shapes) == 2
+
+
+def test_padded_shapes_that_another_has_room_for_are_left_out(rows: Rows) -> None:
+    """Of batches in tokens the long ones have fewer rows: each number of rows is told once, with its longest."""
+    batches = loader(rows, budget=Budget(tokens=128), layout="padded")
+    assert {batch.input_ids.shape for batch in batches} == {(1, 96), (1, 80), (2, 64), (2, 48), (4, 32)}
+    assert sorted(batch.input_ids.shape for batch in batches.of_each_shape()) == [(1, 96), (2, 64), (4, 32)]
