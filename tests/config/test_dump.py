@@ -64,9 +64,21 @@ def configs(draw: st.DrawFn) -> Config:
         name: {option.name: draw(values(option)) for option in section.__attrs_attrs__}
         for name, section in sections().items()
     }
-    lora, adalora, training = drawn["lora"], drawn["adalora"], drawn["training"]
+    lora, adalora, training, data = drawn["lora"], drawn["adalora"], drawn["training"], drawn["data"]
+    # What options ask of one another, so that few draws are refused.
+    if training["method"] != "lora":
+        adalora["target_r"] = None
     if training["method"] == "full":
-        adalora["target_r"] = training["loraplus_lr_ratio"] = training["adapter"] = None
+        training["loraplus_lr_ratio"] = training["adapter"] = None
+        drawn["model"]["dtype"] = "float32"
+    if training["method"] in ("dpo", "orpo"):
+        training["neftune_noise_alpha"] = None
+    if data["layout"] == "padded":
+        training["recompute"] = "none"
+    if data["validation_path"] == data["dataset_path"]:
+        data["validation_path"] = None
+    if drawn["preference"]["loss_type"] != "sigmoid":
+        drawn["preference"]["label_smoothing"] = 0.0
     if lora["layers_to_transform"] is not None:
         training["trainable_layers"] = None
     if adalora["target_r"] is not None:
