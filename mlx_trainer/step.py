@@ -228,7 +228,9 @@ def added(*arrays: mx.array) -> mx.array:
 
 def global_norm(gradients: Gradients) -> mx.array:
     """The Euclidean norm of all gradients together, summed in float32 whatever they are stored in; a float32 scalar."""
-    return mx.sqrt(added(*(mx.square(leaf.astype(mx.float32)).sum() for leaf in leaves(gradients))))
+    squares = (mx.square(leaf.astype(mx.float32)).sum(keepdims=True) for leaf in leaves(gradients))
+    # A stack would be an operation more for each of them.
+    return mx.sqrt(mx.concatenate([each.reshape(1) for each in squares]).sum())
 
 
 def current_learning_rate(optimizer: optimizers.Optimizer) -> mx.array | None:

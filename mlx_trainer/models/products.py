@@ -1,6 +1,6 @@
 """Products of one x with several frozen weights, some with a LoRA adapter: one function with a gradient of its own.
 
-With y, dy and W of layer i, its adapter a, b already scaled, and x, dx (positions, in):
+With y, dy and W of layer i, its adapter a, already scaled, b, and x, dx (positions, in):
 
     low = x @ a     y = x @ Wᵀ + low @ b
     g = dy @ bᵀ     dx = Σᵢ (g @ aᵀ + dy @ W)     da = xᵀ @ g     db = lowᵀ @ dy
@@ -56,24 +56,26 @@ def products(
     roundings, the numbers are those of separate layers. `make` trains nothing, and is run again for the gradient.
     """
     groups = sharing(adapters)
-    masks = [group[0].kept for group in groups]
+    masks, scales = [group[0].kept for group in groups], [group[0].scale for group in groups]
     ends = [list(accumulate(adapter.a.shape[1] for adapter in group))[:-1] for group in groups]
     dtype = inputs[0].dtype
 
     def each(lows: Sequence[mx.array]) -> list[mx.array]:
         return [low for together, at in zip(lows, ends, strict=True) for low in mx.split(together, at, axis=1)]
 
-    def scaled(b: Sequence[mx.array]) -> list[mx.array]:
-        return [up * spread(mx.array(each.scale, up.dtype), up) for up, each in zip(b, adapters, strict=True)]
+    def scaled(a: Sequence[mx.array]) -> list[mx.array]:
+        scalars = [mx.array(scale, one.dtype) for one, scale in zip(a, scales, strict=True)]
+        return [one * spread(scalar, one) for one, scalar in zip(a, scalars, strict=True)]
 
-    def typed(parts: Sequence[mx.array]) -> list[mx.array]:
-        return [cast(part, dtype) for part in parts]
+    def typed(a: Sequence[mx.array], b: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+        return [cast(one, dtype) for one in scaled(a)], [up.astype(dtype) for up in b]
 
     @mx.custom_function
     def forward(inputs: list[mx.array], a: list[mx.array], b: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
         x = make(*inputs)
-        lows = [dropped(x, kept) @ together for together, kept in zip(typed(a), masks, strict=True)]
-        pairs = zip(linears, each(lows), typed(scaled(b)), strict=False)
+        a, b = typed(a, b)
+        lows = [dropped(x, kept) @ together for together, kept in zip(a, masks, strict=True)]
+        pairs = zip(linears, each(lows), b, strict=False)
         adapted = [with_adapter(linear, x, low, up) for linear, low, up in pairs]
         return adapted + [linear(x) for linear in linears[len(b) :]], lows
 
@@ -83,16 +85,17 @@ def products(
         # Without the dependency `mx.compile` would keep each x of the forward pass: it merges what is equal.
         inputs = mx.depends(list(inputs), list(dys))
         x = make(*inputs)
-        dlows = iter([dy @ up.T for dy, up in zip(dys, typed(scaled(b)), strict=False)])
+        narrow_a, narrow_b = typed(a, b)
+        dlows = iter([dy @ up.T for dy, up in zip(dys, narrow_b, strict=False)])
         g = [mx.concatenate(list(islice(dlows, len(group))), axis=1) for group in groups]
         da = [dropped(mx.depends(x, dlow), kept).T @ dlow for dlow, kept in zip(g, masks, strict=True)]
         db = [low.T @ dy for low, dy in zip(each(lows), dys, strict=False)]
-        terms = [dropped(dlow @ together.T, kept) for dlow, together, kept in zip(g, typed(a), masks, strict=True)]
+        terms = [dropped(dlow @ together.T, kept) for dlow, together, kept in zip(g, narrow_a, masks, strict=True)]
         dx: Any = reduce(operator.add, terms) if terms else None
         for linear, dy in zip(linears, dys, strict=True):
             dx = back_through(linear, dx, dy, x)
-        da, db = ([cast(d, p.dtype) for d, p in zip(ds, ps, strict=True)] for ds, ps in ((da, a), (db, b)))
-        db = [on_its_own(d) for d in scaled(db)]  # else fused with what the step does to it
+        da, db = ([widened(d, p.dtype) for d, p in zip(ds, ps, strict=True)] for ds, ps in ((da, a), (db, b)))
+        da = [on_its_own(d) for d in scaled(da)]  # else fused with what the step does to it
         return mx.vjp(make, inputs, [dx.astype(dtype)])[1], da, db
 
     a = [mx.concatenate([adapter.a for adapter in group], axis=1) for group in groups]
@@ -100,9 +103,14 @@ def products(
     return tuple(outputs[0])
 
 
+def widened(product: mx.array, dtype: mx.Dtype) -> mx.array:
+    """`product` as `dtype`, fused with nothing, as a product itself is."""
+    return product if product.dtype == dtype else on_its_own(product.astype(dtype))
+
+
 def sharing(adapters: Sequence[Adapter]) -> list[list[Adapter]]:
-    """Those that follow each other and see the same x, which those without dropout do, in one group."""
-    return [list(group) for _, group in groupby(adapters, lambda adapter: id(adapter.kept))]
+    """Those of one scale that follow each other and see the same x, which those without dropout do, in one group."""
+    return [list(group) for _, group in groupby(adapters, lambda adapter: (id(adapter.kept), adapter.scale))]
 
 
 def with_adapter(linear: Any, x: mx.array, low: mx.array, b: mx.array) -> mx.array:
