@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from attrs import asdict
 from mlx.utils import tree_unflatten
 
 from mlx_trainer.config import LoRAConfig
+from mlx_trainer.export.mlx_layout import base_name
 from mlx_trainer.export.peft import in_mlx_layout
 from mlx_trainer.models import CausalLMModule, ModelError
 from mlx_trainer.models.adapter_config import CONFIG, TENSORS, adapted_paths, lora_of
@@ -18,6 +20,16 @@ from mlx_trainer.models.lora import DoRALinear, adapted_layers, rank_of, trainab
 from mlx_trainer.preference import DPOModule
 
 log = logging.getLogger("mlx_trainer.start")
+
+
+def settings_of(adapter: Path) -> dict[str, object]:
+    """Return the settings of a training like that of the `adapter` in a folder: its base model and its `lora`."""
+    with in_mlx_layout(adapter) as folder:
+        lora, base = lora_of(folder), base_name(read_json(folder / CONFIG))
+    settings: dict[str, object] = {} if base is None else {"model.model_name": base}
+    for name, value in (asdict(lora) if lora is not None else {}).items():
+        settings[f"lora.{name}"] = list(value) if isinstance(value, tuple) else value
+    return settings
 
 
 def begin_at(adapter: Path, module: CausalLMModule) -> None:
@@ -32,7 +44,7 @@ def begin_at(adapter: Path, module: CausalLMModule) -> None:
                 f"{adapter} holds weights trained in full and no adapter to train on; merge them (mlx-trainer merge), "
                 "and name what comes out as model.model_name."
             )
-        tell_base(adapter, read_json(folder / CONFIG).get("model"), module.name)
+        tell_base(adapter, base_name(read_json(folder / CONFIG)), module.name)
         check_alike(adapter, lora, adapted_paths(folder / TENSORS), adapted_layers(module.model))
         module.load(folder)
     if isinstance(module, DPOModule):
@@ -48,9 +60,9 @@ def refer_to(adapter: Path, module: CausalLMModule) -> None:
         module.model.update(tree_unflatten(list(own.items())))
 
 
-def tell_base(adapter: Path, trained_on: object, name: str) -> None:
+def tell_base(adapter: Path, trained_on: str | None, name: str) -> None:
     """Warn where an adapter says that it was trained on another model than the one at `name`."""
-    if isinstance(trained_on, str) and os.path.realpath(trained_on) != os.path.realpath(name):
+    if trained_on is not None and os.path.realpath(trained_on) != os.path.realpath(name):
         log.warning("%s was trained on %s, and training goes on with %s.", adapter, trained_on, name)
 
 

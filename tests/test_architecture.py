@@ -75,7 +75,7 @@ ALLOWED = {
     "replaying": CORE | LEAVES | {"build", "data", "models"},
     "chat": LEAVES | {"models"},
     "export": LEAVES | {"models", "module"},
-    "commands": {"benchmarking", "build", "chat", "export", "prompts", "replaying", "trained"}
+    "commands": {"benchmarking", "build", "chat", "export", "prompts", "replaying", "start", "trained"}
     | CORE
     | LEAVES
     | {"data", "models"},

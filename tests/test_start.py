@@ -192,6 +192,29 @@ def test_the_command_line_has_a_short_name(capsys: pytest.CaptureFixture[str]) -
     assert "\n  adapter: sft\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("adapter", ["sft", "peft", "theirs"])
+def test_on_the_command_line_the_adapter_brings_its_base_and_its_lora(
+    adapter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three layouts; an option wins, and with a recipe all of it is the recipe's."""
+    given = ["train", "chats.jsonl", "--adapter", adapter, "--print-config"]
+    assert cli.main(given) == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    printed = load_config("printed.yaml")
+    assert (printed.model.model_name, printed.lora.rank, printed.lora.alpha) == ("base", 2, 8.0)
+    others = {
+        key: value for key, value in SETTINGS.items() if not key.startswith("lora.") and key != "model.model_name"
+    }
+    build.train(load_config("printed.yaml", overrides=others | {"run.directory": f"brought {adapter}"}))
+    assert cli.main([*given, "--lora.alpha", "4", "--model", "other"]) == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    printed = load_config("printed.yaml")
+    assert (printed.model.model_name, printed.lora.rank, printed.lora.alpha) == ("other", 2, 4.0)
+    Path("recipe.yaml").write_text("data: {dataset_path: chats.jsonl}\n")
+    assert cli.main(["train", "recipe.yaml", *given[2:]]) == 0
+    assert "  rank: 16\n" in capsys.readouterr().out
+
+
 # Preferences: the reference is what training began at.
 
 

@@ -5,6 +5,7 @@ for the help of these options (this: 0.3 s), and could neither lay them over a f
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from attrs import frozen
@@ -53,9 +54,16 @@ class Command:
 
 
 def config_of(given: Given) -> Config:
-    """Return defaults < files < command line; data files on the command line are `data.dataset_path`."""
+    """Return defaults < files < command line; data files on the command line are `data.dataset_path`.
+
+    Without a file, an adapter to begin at says which model and which `lora` it is for.
+    """
     files, data = split_inputs(given["inputs"])
     values = overrides(given)
+    if not files and "training.adapter" in values:
+        from mlx_trainer import start
+
+        values = start.settings_of(Path(str(values["training.adapter"]))) | values
     if "ledger" in given:
         values["run.ledger"] = True
     if data:
