@@ -19,8 +19,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from shape import mistral_config
 
+from mlx_trainer.export.merging.adapter import read_adapter
 from mlx_trainer.export.merging.base import open_base
-from mlx_trainer.export.merging.delta import read_adapter
 from mlx_trainer.export.merging.effect import measure_effect
 from mlx_trainer.export.merging.merge import merge, merge_into, rounding
 from mlx_trainer.export.merging.saving import save_weights

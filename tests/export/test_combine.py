@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_trainer.export.merging.adapter import read_adapter
 from mlx_trainer.export.merging.combine import METHODS, combine
-from mlx_trainer.export.merging.delta import read_adapter
 from mlx_trainer.export.merging.merge import merge
 from mlx_trainer.models.error import ModelError
 from tests.export.random_adapters import ROWS, random_adapter

@@ -13,8 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_trainer.export.merging import saving
+from mlx_trainer.export.merging.adapter import read_adapter
 from mlx_trainer.export.merging.base import SAME_NAMES, main_dtype, open_base
-from mlx_trainer.export.merging.delta import read_adapter
 from mlx_trainer.export.merging.effect import SENTENCES, measure_effect, sentence_rows
 from mlx_trainer.export.merging.merge import merge, merge_into, rounding
 from mlx_trainer.export.merging.saving import save_weights

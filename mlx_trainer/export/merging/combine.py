@@ -19,7 +19,7 @@ import numpy as np
 from attrs import frozen
 
 from mlx_trainer.export.low_rank import Adapter, LowRank
-from mlx_trainer.export.merging.delta import read_adapter
+from mlx_trainer.export.merging.adapter import read_adapter
 from mlx_trainer.export.merging.sums import Factors, Fit, Matrix, cat, dare, linear, svd, ties
 from mlx_trainer.export.mlx_layout import write_mlx
 from mlx_trainer.export.output import complete_folder

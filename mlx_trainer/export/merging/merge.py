@@ -12,8 +12,8 @@ import mlx.core as mx
 from attrs import asdict, evolve, frozen
 
 from mlx_trainer.export.low_rank import Adapter
+from mlx_trainer.export.merging.adapter import by_expert, read_adapter
 from mlx_trainer.export.merging.base import Base, Packing, open_base, quantization_of
-from mlx_trainer.export.merging.delta import by_expert, read_adapter
 from mlx_trainer.export.merging.effect import Rows, measure_effect, measure_logits, sentence_rows
 from mlx_trainer.export.merging.saving import Store, Tensors, copy_files, name_of, save_weights
 from mlx_trainer.export.output import complete_folder

@@ -7,8 +7,8 @@ import mlx.core as mx
 from attrs import frozen
 
 from mlx_trainer.export.low_rank import Adapter, LowRank
+from mlx_trainer.export.merging.adapter import by_expert, read_adapter
 from mlx_trainer.export.merging.base import Base, open_base
-from mlx_trainer.export.merging.delta import by_expert, read_adapter
 from mlx_trainer.export.merging.merge import base_directory
 from mlx_trainer.models.error import ModelError
 from mlx_trainer.models.hf_config import read_config
