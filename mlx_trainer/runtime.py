@@ -78,8 +78,8 @@ def backend() -> Backend:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def slow_exp() -> bool:
-    """Whether exponentials are the cost to save: on Linux CPUs, where MLX computes them one by one on one thread."""
+def linux_cpu() -> bool:
+    """Whether MLX computes on a Linux CPU: on one thread, exponentials one by one, rotations in some twenty steps."""
     return sys.platform == "linux" and backend() == "cpu"
 
 

@@ -29,12 +29,12 @@ POLYNOMIAL = tuple(
 
 def exp(x: mx.array) -> mx.array:
     """Return e to the power of x for float32 x ≤ 0, exact to 2e-6 for x ≥ -30; on Linux CPUs 0 from 2^-64 on."""
-    return power_of_half(x * -LOG2_E) if runtime.slow_exp() else mx.exp(x)
+    return power_of_half(x * -LOG2_E) if runtime.linux_cpu() else mx.exp(x)
 
 
 def sigmoid(x: mx.array) -> mx.array:
     """Return 1 / (1 + exp(-x)), for a float32 x on Linux CPUs 0 from 2^-64 on."""
-    if x.dtype != mx.float32 or not runtime.slow_exp():
+    if x.dtype != mx.float32 or not runtime.linux_cpu():
         return mx.sigmoid(x)
     power = power_of_half(mx.abs(x) * LOG2_E)
     negative = -mx.right_shift(x.view(mx.int32), 31).astype(mx.float32)  # 0 or 1: a comparison would branch

@@ -197,7 +197,7 @@ def scored_cells(batch: Any) -> int:
 
 def seen_by_blocks(length: int, before: int) -> int:
     """The same for a row with so many tokens `before` it; on Linux CPUs blocks of queries see no later keys."""
-    if not runtime.slow_exp() or length == 0:
+    if not runtime.linux_cpu() or length == 0:
         return length * (before + length)
     size = block_size(length)
     ends = [min(end, length) for end in range(size, length + size, size)]

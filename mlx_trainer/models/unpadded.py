@@ -18,6 +18,7 @@ from mlx_trainer.models.exponential import sigmoid
 from mlx_trainer.models.gather import take_once, take_rows
 from mlx_trainer.models.lora import dropout_keys, project
 from mlx_trainer.models.recomputation import Policy, run_again, run_once
+from mlx_trainer.models.rotation import rotated
 
 LLAMAS = ("llama", "mistral")
 """Model types that mlx-lm builds with its Llama."""
@@ -122,11 +123,11 @@ def attend(
     def behind(before: mx.array, own: mx.array) -> mx.array:
         return mx.concatenate([mx.repeat(before, rows // len(before), axis=0), own], axis=2)
 
-    seen = layer.rope(heads(keys, layer.n_kv_heads), offset=offset), heads(values, layer.n_kv_heads)
+    seen = rotated(layer.rope, heads(keys, layer.n_kv_heads), offset), heads(values, layer.n_kv_heads)
     if before is not None:
         seen = behind(before[0], seen[0]), behind(before[1], seen[1])
     # Rows are padded on the right, so that no token sees padding.
-    mixed = causal_attention(layer.rope(heads(queries, layer.n_heads), offset=offset), *seen, layer.scale)
+    mixed = causal_attention(rotated(layer.rope, heads(queries, layer.n_heads), offset), *seen, layer.scale)
     return mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1), seen
 
 

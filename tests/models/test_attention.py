@@ -48,7 +48,7 @@ def test_equals_mlx(rows: int, groups: int, heads: int, length: int, spread: flo
 
     expected = results(plain, arrays)
     largest = max(mx.abs(value).max().item() for value in expected)
-    with patch.object(runtime, "slow_exp", lambda: True), patch.object(attention, "QUERIES", at_once):
+    with patch.object(runtime, "linux_cpu", lambda: True), patch.object(attention, "QUERIES", at_once):
         ours = results(lambda *x: causal_attention(*x, 0.3), arrays)
     for found, value in zip(ours, expected, strict=True):
         assert mx.abs(found - value).max().item() <= 1e-5 * largest
@@ -65,7 +65,7 @@ def test_the_largest_of_each_row(length: int) -> None:
 
 def test_a_nan_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that is not a number makes its row none, and no other."""
-    monkeypatch.setattr(runtime, "slow_exp", lambda: True)
+    monkeypatch.setattr(runtime, "linux_cpu", lambda: True)
     queries, keys, values, _ = drawn(2, 1, 1, 6)
     keys[1, 0, 4, 0] = mx.nan
     lost = mx.isnan(causal_attention(queries, keys, values, 0.3)).all(axis=-1)
@@ -86,7 +86,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch, slow: bool, kept: int
         used.append(scale)
         return keeping(scale)
 
-    monkeypatch.setattr(runtime, "slow_exp", lambda: slow)
+    monkeypatch.setattr(runtime, "linux_cpu", lambda: slow)
     monkeypatch.setattr(attention, "KEPT_SCORES", kept)
     monkeypatch.setattr(attention, "keeping", counted)
     queries, keys, values, _ = (array.astype(dtype) for array in drawn(2, 2, 2, 6))

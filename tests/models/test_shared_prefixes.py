@@ -71,7 +71,7 @@ def test_equals_padded(
     rows = sharing_rows(own, prefix, each, seed)
     groups = -(-len(rows) // each) + spare_groups
     for quick in (False, True):
-        with patch.object(runtime, "slow_exp", lambda quick=quick: quick):
+        with patch.object(runtime, "linux_cpu", lambda quick=quick: quick):
             compare(module, rows, shape_of(own, prefix, each, groups, spare), quick)
 
 
@@ -82,7 +82,7 @@ def test_equals_padded_when_run_again(tmp_path: Path, policy: Policy) -> None:
     lora = LoRAConfig(rank=4, dropout=0.0, target_modules=LINEARS)
     again = module_of(tmp_path, lora=lora, recompute=policy)
     own = [3, 5, 4, 2, 6]
-    with patch.object(runtime, "slow_exp", lambda: False):
+    with patch.object(runtime, "linux_cpu", lambda: False):
         rows, shape = sharing_rows(own, 16, 3, 0), shape_of(own, 16, 3, 2, 1)
         plain = module_of(tmp_path, lora=lora, recompute="none")
         expected = loss_and_gradients(plain, collate_unpadded(rows, shape, 30))

@@ -129,7 +129,7 @@ def test_equals_the_loss_written_out(
     """Shared, unshared and padded, with pairs and positions to spare, prompts of one token, logits in parts or not."""
     rows, module = pairs_of(sizes, seed), modules[name]
     prefix = min(prompt for prompt, _, _ in sizes) - 1
-    with patch.object(runtime, "slow_exp", lambda: False), patch.object(head, "LOGITS_AT_ONCE", part):
+    with patch.object(runtime, "linux_cpu", lambda: False), patch.object(head, "LOGITS_AT_ONCE", part):
         loss, gradients = expected(module, base, rows, CASES[name].loss)
         likely, steepest = sizes_before(module, rows)
         predictions = sum(row.trained_tokens for row in rows) + 1
