@@ -18,6 +18,7 @@ from mlx_trainer.models.exponential import sigmoid
 from mlx_trainer.models.gather import take_once, take_rows
 from mlx_trainer.models.lora import dropout_keys, project
 from mlx_trainer.models.recomputation import Policy, run_again, run_once
+from mlx_trainer.models.rms_norm import normed
 from mlx_trainer.models.rotation import rotated
 
 LLAMAS = ("llama", "mistral")
@@ -47,8 +48,7 @@ def hidden_states(model: Any, batch: Any, policy: Policy = "none") -> mx.array:
     for layer in earlier:
         h = block(layer, h, to_rows, to_positions, policy)
     h = block(last, h, to_rows, to_positions, policy, lambda h: take_once(h, batch.predicting, batch.predictions))
-    states: mx.array = model.model.norm(h)
-    return states
+    return normed(model.model.norm, h)
 
 
 def embedded(layer: Any, ids: mx.array) -> mx.array:
@@ -153,8 +153,8 @@ def feed_forward(mlp: Any, norm: Any, h: mx.array, dropout: Keys, policy: Policy
 def project_normed(norm: Any, h: mx.array, *layers: Any, keys: Keys) -> tuple[mx.array, ...]:
     """`project(norm(h), *layers)`, which keeps h alone, as all blocks do, where `norm` is frozen."""
     if tree_flatten(norm.trainable_parameters()):
-        return project(norm(h), *layers, keys=keys)
-    return project(h, *layers, keys=keys, make=norm)
+        return project(normed(norm, h), *layers, keys=keys)
+    return project(h, *layers, keys=keys, make=lambda h: normed(norm, h))
 
 
 @mx.custom_function
