@@ -46,9 +46,10 @@ IN_FLIGHT: Mapping[Policy, InFlight] = {
 }
 LOGITS_IN_FLIGHT = 4.0
 """The same for the head: so many times a part's logits in float32."""
-QUEUE: Mapping[runtime.Backend, float] = {"cpu": 0.87, "cuda": 0.5, "metal": 2.1}
-"""How much of `IN_FLIGHT` is: on a CPU less since norms and rotations take few operations there. CUDA: where queued work waits (`runtime.bound_memory`), from twelve peaks
-of a 7B shape on an H200, three sizes and four policies, each then within 2 %. Metal: a guess."""
+QUEUE: Mapping[runtime.Backend, float] = {"cpu": 0.94, "cuda": 0.5, "metal": 2.1}
+"""How much of `IN_FLIGHT` there is. CPU: less since norms and rotations take few operations. CUDA: where queued work
+waits (`runtime.bound_memory`), from twelve peaks of a 7B shape on an H200, three sizes and four policies, each then
+within 2 %. Metal: a guess."""
 
 
 @frozen
