@@ -152,7 +152,8 @@ def test_each_policy_needs_less_memory(tmp_path: Path, monkeypatch: pytest.Monke
     tiny_mistral(tmp_path, layers=32)
     module = module_of(tmp_path, max_seq_length=96)
     batch = batch_of(rows_of([96] * 3, [[True] * 95] * 3, 0))
-    peaks = {policy: peak_bytes(module, batch, policy) for policy in POLICIES}
+    # Where others use the machine less may be queued at once, and a peak be less than it is by itself.
+    peaks = {policy: max(peak_bytes(module, batch, policy) for _ in range(3)) for policy in POLICIES}
     assert peaks["attention"] < 0.9 * peaks["none"]
     assert peaks["selective"] < 1.02 * peaks["attention"]
     assert peaks["mlp"] < 0.9 * peaks["selective"]
