@@ -51,7 +51,7 @@ class GradientClipping(Callback):
         return gradients, {"grad_norm": norm}
 
     def accept_update(self, loss: mx.array, gradients: Gradients, context: StepContext) -> mx.array:
-        """Whether the norm was finite: else `clip_by_norm` made every element NaN."""
+        """Whether the norm before any clipping was finite: scaled by another, the update would be nothing or NaN."""
         return mx.array(True) if self.max_norm is None else all_finite(context.reported["grad_norm"])
 
 
