@@ -8,6 +8,7 @@ and not a mean of means. With K = 1 the whole step is one compiled function. Wit
 which adds its gradients to a float32 sum, and a last call updates: a shape is traced once, whatever window it is in.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -22,8 +23,9 @@ from mlx.utils import tree_map
 
 from mlx_trainer.failure import TrainingError, dispatched
 from mlx_trainer.fusion import on_its_own, spread
+from mlx_trainer.joined import Joined
 from mlx_trainer.module import LossOutput, TrainerModule
-from mlx_trainer.traced import Gradients, assign, copied, from_tree, leaves, restored_on_error, shape_key, to_tree
+from mlx_trainer.traced import Gradients, assign, copied, from_tree, restored_on_error, shape_key, to_tree
 
 SMALLEST = 2.0**-126
 """The smallest normal float32."""
@@ -39,18 +41,20 @@ ArrayUpdate = Callable[..., dict[str, Any]]
 class StepContext:
     """What traced callbacks may look at: the step's mean loss, its weight, its gradients before any transform.
 
-    `reported` are the scalars that the transforms before have reported, by name.
+    `reported` are the scalars that the transforms before have reported, by name; `joined` are the gradients' numbers in
+    few arrays.
     """
 
     loss: mx.array
     weight: mx.array
     gradients: Gradients
     reported: dict[str, mx.array] = attrs.field(factory=dict)
+    joined: Sequence[mx.array] = attrs.Factory(lambda self: Joined.of(self.gradients).arrays, takes_self=True)
 
     @cached_property
     def grad_norm(self) -> mx.array:
         """The global norm of the gradients before any transform, a float32 scalar; computed only if asked for."""
-        return global_norm(self.gradients)
+        return norm(self.joined)
 
 
 @attrs.frozen(eq=False)
@@ -94,6 +98,7 @@ class TrainStep:
         """False after an error that left arrays behind which belong to no finished step."""
         self._state: list[Any] = [module.model.state, optimizer.state, self.arrays, mx.random.state]
         self._seen: set[Any] = set()  # shapes, and numbers of micro-batches: each is traced
+        self._recent: deque[Any] = deque()  # the trees of this step and the one before, which may run still
 
         def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return mx.compile(function, inputs=self._state, outputs=self._state)
@@ -112,18 +117,28 @@ class TrainStep:
         self._refuse_replaced()
         for batch in batches:
             self.module.check_batch(batch)
-        trees = [to_tree(batch) for batch in batches]
+        trees = [self._on_device(batch) for batch in batches]
         new = {len(trees), *map(shape_key, trees)} - self._seen
         # What is traced runs Python code, which can fail; what is not leaves that to the backend, and references to
         # older arrays, which would keep MLX from reusing their memory, are not held for that.
         self.sound = bool(new)
         with restored_on_error(self._state[:3]) if new else nullcontext():
-            results = self._dispatch(trees)
+            results, gradients = self._dispatch(trees)
         self._seen |= new
         self.sound = False
-        dispatched(results, self._state)
+        # The update itself, many small arrays, follows with the next step, or when it is asked for: what the device has
+        # queued is then the end of a gradient, long enough for the host to make the next step meanwhile.
+        dispatched(results, gradients)
         self.sound = True
         return StepOutput(*results)
+
+    def _on_device(self, batch: Any) -> Any:
+        """The batch's tree; memory of one that no step needs any more is let go just before, so that it takes it."""
+        if len(self._recent) == 2 * self.accumulate:
+            self._recent.popleft()
+        tree = to_tree(batch)
+        self._recent.append(tree)
+        return tree
 
     def _refuse_replaced(self) -> None:
         if self.module.model.state is not self._state[0] or self.optimizer.state is not self._state[1]:
@@ -162,13 +177,15 @@ class TrainStep:
     def _update(self, sums: Sequence[Sums], gradients: Gradients) -> tuple[Any, ...]:
         total, weight, metrics = add_up(sums)
         divisor = mx.maximum(weight.astype(mx.float32), SMALLEST)  # nothing trained: the gradient is zero, not 0/0
-        gradients = tree_map(lambda g: g / spread(divisor, g), gradients)
-        context = StepContext(total / weight, weight, gradients)
+        joined = Joined.of(gradients)
+        joined = attrs.evolve(joined, arrays=[g / spread(divisor, g) for g in joined.arrays])
+        gradients = joined.tree()
+        context = StepContext(total / weight, weight, gradients, joined=joined.arrays)
         for transform in self.transforms:
             gradients, reported = transform(gradients, context)
             context.reported.update(reported)
         learning_rate, verdicts = self._optimize(gradients, context)
-        return total, weight, metrics, context.reported, learning_rate, verdicts
+        return (total, weight, metrics, context.reported, learning_rate, verdicts), joined.arrays
 
     def _optimize(self, gradients: Gradients, context: StepContext) -> tuple[mx.array | None, dict[str, mx.array]]:
         model, optimizer = self.module.model, self.optimizer
@@ -228,9 +245,13 @@ def added(*arrays: mx.array) -> mx.array:
 
 def global_norm(gradients: Gradients) -> mx.array:
     """The Euclidean norm of all gradients together, summed in float32 whatever they are stored in; a float32 scalar."""
-    squares = (mx.square(leaf.astype(mx.float32)).sum(keepdims=True) for leaf in leaves(gradients))
-    # A stack would be an operation more for each of them.
-    return mx.sqrt(mx.concatenate([each.reshape(1) for each in squares]).sum())
+    return norm(Joined.of(gradients).arrays)
+
+
+def norm(arrays: Sequence[mx.array]) -> mx.array:
+    """The same of flat arrays."""
+    squares = (mx.square(array.astype(mx.float32)).sum(keepdims=True) for array in arrays)
+    return mx.sqrt(mx.concatenate(list(squares)).sum())
 
 
 def current_learning_rate(optimizer: optimizers.Optimizer) -> mx.array | None:

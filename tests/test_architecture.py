@@ -17,6 +17,7 @@ CORE = {
     "step",
     "failure",
     "fusion",
+    "joined",
     "result",
     "rollback",
     "callback",
@@ -48,7 +49,8 @@ ALLOWED = {
     "checkpoint": {"folders", "safetensors_file", "zstd"},
     "callback": {"traced"} | {"evaluation", "module", "step", "trainer"},  # the latter for their types only
     "evaluation": {"state", "traced", "module"} | LEAVES,
-    "step": {"failure", "fusion", "module", "traced"},
+    "joined": set(),
+    "step": {"failure", "fusion", "joined", "module", "traced"},
     "interval": {"step", "traced"},
     "interruption": set(),
     "failure": set(),

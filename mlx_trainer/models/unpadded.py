@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_trainer import runtime
 from mlx_trainer.models.attention import causal_attention, fused
 from mlx_trainer.models.exponential import sigmoid
 from mlx_trainer.models.gather import take_once, take_rows
@@ -167,8 +168,12 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     gate, up = mx.depends(list(primals), [cotangent])  # else a compiled step keeps the first sigmoid for this one
     gated = sigmoid(gate)
-    silu = gate * gated
-    return cotangent * up * (gated + silu * (1 - gated)), cotangent * silu
+    to_gate = cotangent * up * (gated + gate * gated * (1 - gated))
+    if runtime.linux_cpu():  # where an exponential costs more than keeping it
+        return to_gate, gate * gated * cotangent
+    # Two kernels, this one the forward's: with a sigmoid in common, read and written apart, there would be four.
+    (again,) = mx.depends([gate], [cotangent])
+    return to_gate, again * sigmoid(again) * cotangent
 
 
 def rearrangements(batch: Any) -> tuple[Rearrange, Rearrange]:
