@@ -29,6 +29,15 @@ rows for 4 or 8 bits, 32 for 6 bits or mxfp4; fewer in 16-bit types. CUDA: recko
 Metal: not measured, so MLX's own way is kept.
 """
 
+CUDA_SETTINGS = {"MLX_USE_CUDA_GRAPHS": "0", "MLX_MAX_OPS_PER_BUFFER": "40", "MLX_MAX_MB_PER_BUFFER": "100"}
+"""What MLX is told on CUDA, where the user has told it nothing else.
+
+Kernels and products are launched as they come. MLX makes graphs of them by itself, each product captured on its own,
+which costs the host twice as long and made steps 2 to 9 % slower (mlx 0.32.4). What a queued command needs is held
+until all of its buffer is done, so small buffers need less memory: MLX's own nearly twice as much, and 100 commands in
+place of 40 a tenth more. The last is for graphs, where a user switches them on.
+"""
+
 _report = ""
 _set_here: dict[str, str | None] = {}
 """Environment variables as they were before they were set here."""
@@ -40,9 +49,8 @@ def prepare() -> None:
     On a Linux CPU `mlx.core` is imported and gets an optimized BLAS (about 5 ms more than the import, see `_blas.py`),
     with one thread less than there are CPUs, at least one: its threads wait for each other without sleeping, so that
     where another program wants a CPU, all of them together make a step several times as long (docs/benchmark.md).
-    On CUDA, MLX is told to queue smaller command buffers, which nearly halved a training step's memory for 1.5 % of
-    its time; MLX reads that variable once, at its first use. Where others could plant kernels in MLX's folder, the
-    temporary folder of this process becomes one that is the user's own (`_kernels.py`).
+    On CUDA, MLX gets `CUDA_SETTINGS`, which it reads once, at its first use. Where others could plant kernels in MLX's
+    folder, the temporary folder of this process becomes one that is the user's own (`_kernels.py`).
     """
     global _report
     if (temporary := _kernels.private_temporary(cache_directory() / "kernels")) is not None:
@@ -50,8 +58,9 @@ def prepare() -> None:
     if sys.platform != "linux":
         _report = f"BLAS: {'Accelerate, part of macOS' if sys.platform == 'darwin' else 'as MLX brings it'}"
     elif _has_cuda():
-        if "MLX_MAX_MB_PER_BUFFER" not in os.environ:
-            _set("MLX_MAX_MB_PER_BUFFER", "100")
+        for name, value in CUDA_SETTINGS.items():
+            if name not in os.environ:
+                _set(name, value)
         _report = "BLAS: not needed, MLX runs on CUDA"
     elif not _report:
         import mlx.core  # noqa: F401  (the library whose calls are redirected)
@@ -189,7 +198,7 @@ def memory_bytes() -> MemoryBytes:
     return MemoryBytes(active, cache, max(peak, active), active + cache, max(available, 0), limit)
 
 
-def bound_memory(needed: int = 0, kept: int = 0) -> None:
+def bound_memory(needed: int = 0, most: int = 0) -> None:
     """Let MLX keep as much memory for arrays to come as a step that needs `needed` bytes leaves free.
 
     At most as much again as the step needs, and a sixteenth of the memory where that is more or not known; by itself
@@ -197,7 +206,7 @@ def bound_memory(needed: int = 0, kept: int = 0) -> None:
     system answers slowly. On a CPU MLX keeps 32 MB by itself, and fetching all else anew, page by page, took 4 to 7 %
     of a small model's step. Metal was not tried.
 
-    On CUDA, where `kept` bytes are given, work that is queued waits while more than these are held, and the cache has
+    On CUDA, where `most` bytes are given, work that is queued waits while more than these are held, and the cache has
     what is left of them: MLX gives memory out when it queues an operation, long before it runs. Without, 95 % of the
     card, as MLX has it.
     """
@@ -206,7 +215,7 @@ def bound_memory(needed: int = 0, kept: int = 0) -> None:
     limit = memory_limit_bytes()
     mx.set_cache_limit(min(max(needed, limit // 16), max(limit - needed, limit // 128)))
     if backend() == "cuda":
-        mx.set_memory_limit(kept or limit * 95 // 100)
+        mx.set_memory_limit(most or limit * 95 // 100)
 
 
 def wire_memory() -> None:

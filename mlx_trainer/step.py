@@ -8,7 +8,6 @@ and not a mean of means. With K = 1 the whole step is one compiled function. Wit
 which adds its gradients to a float32 sum, and a last call updates: a shape is traced once, whatever window it is in.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -25,7 +24,7 @@ from mlx_trainer.failure import TrainingError, dispatched
 from mlx_trainer.fusion import on_its_own, spread
 from mlx_trainer.joined import Joined
 from mlx_trainer.module import LossOutput, TrainerModule
-from mlx_trainer.traced import Gradients, assign, copied, from_tree, restored_on_error, shape_key, to_tree
+from mlx_trainer.traced import Gradients, assign, copied, from_tree, leaves, restored_on_error, shape_key, to_tree
 
 SMALLEST = 2.0**-126
 """The smallest normal float32."""
@@ -98,13 +97,13 @@ class TrainStep:
         """False after an error that left arrays behind which belong to no finished step."""
         self._state: list[Any] = [module.model.state, optimizer.state, self.arrays, mx.random.state]
         self._seen: set[Any] = set()  # shapes, and numbers of micro-batches: each is traced
-        self._recent: deque[Any] = deque()  # the trees of this step and the one before, which may run still
+        self._told: Any = None  # what is told of the last update
 
         def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return mx.compile(function, inputs=self._state, outputs=self._state)
 
         self._whole, self._add = compiled(self._whole_step), compiled(self._accumulated)
-        self._finish = compiled(self._update)
+        self._end = compiled(self._update)
         self._zeros = mx.compile(lambda: tree_map(lambda p: mx.zeros(p.shape), module.model.trainable_parameters()))
 
     @property
@@ -117,28 +116,29 @@ class TrainStep:
         self._refuse_replaced()
         for batch in batches:
             self.module.check_batch(batch)
-        trees = [self._on_device(batch) for batch in batches]
+        trees = [to_tree(batch) for batch in batches]
         new = {len(trees), *map(shape_key, trees)} - self._seen
         # What is traced runs Python code, which can fail; what is not leaves that to the backend, and references to
         # older arrays, which would keep MLX from reusing their memory, are not held for that.
         self.sound = bool(new)
+        last = self._told, leaves(self.optimizer.state)
         with restored_on_error(self._state[:3]) if new else nullcontext():
-            results, gradients = self._dispatch(trees)
+            sums, gradients, told = self._made(trees)
         self._seen |= new
         self.sound = False
-        # The update itself, many small arrays, follows with the next step, or when it is asked for: what the device has
-        # queued is then the end of a gradient, long enough for the host to make the next step meanwhile.
-        dispatched(results, gradients)
+        # An update is many small operations, and the host gets a number of operations ahead of the device: those of a
+        # gradient last long enough to make the next step meanwhile. So the update is dispatched when that is made.
+        dispatched(last)
+        del last  # or the update of these arrays would take memory of its own
+        dispatched(sums, gradients)
+        self._told = told
         self.sound = True
-        return StepOutput(*results)
+        return StepOutput(*sums, *told)
 
-    def _on_device(self, batch: Any) -> Any:
-        """The batch's tree; memory of one that no step needs any more is let go just before, so that it takes it."""
-        if len(self._recent) == 2 * self.accumulate:
-            self._recent.popleft()
-        tree = to_tree(batch)
-        self._recent.append(tree)
-        return tree
+    def close(self) -> None:
+        """Dispatch the last update too; a model that waits for one can never be freed (mlx 0.32.4)."""
+        if self.sound:
+            dispatched(self._told, self._state)
 
     def _refuse_replaced(self) -> None:
         if self.module.model.state is not self._state[0] or self.optimizer.state is not self._state[1]:
@@ -147,21 +147,25 @@ class TrainStep:
                 "one; put new values into the containers that are there (model.update, traced.assign)"
             )
 
-    def _dispatch(self, trees: Sequence[Any]) -> Any:
+    def _made(self, trees: Sequence[Any]) -> tuple[Sums, Gradients, Any]:
+        """The step, lazy: its sums, what the update takes, and what is told of it."""
         if self.accumulate == 1:
-            return self._whole(trees[0])
+            whole: tuple[Sums, Gradients, Any] = self._whole(trees[0])
+            return whole
         gradients, sums = self._zeros(), []
         for tree in trees:
             batch_sums, gradients = self._add(tree, gradients)
             dispatched(batch_sums, gradients)  # the device works while the host prepares the next one
             sums.append(batch_sums)
-        return self._finish(sums, gradients)
+        added, told = self._end(sums, gradients)
+        return added, gradients, told
 
     # From here on everything is traced.
 
-    def _whole_step(self, tree: Any) -> Any:
+    def _whole_step(self, tree: Any) -> tuple[Sums, Gradients, Any]:
         sums, gradients = self._gradients(tree)
-        return self._update([sums], gradients)
+        added, told = self._update([sums], gradients)
+        return added, gradients, told
 
     def _accumulated(self, tree: Any, gradients: Gradients) -> tuple[Sums, Gradients]:
         sums, new = self._gradients(tree)
@@ -174,7 +178,7 @@ class TrainStep:
         )(self.module.model)
         return result
 
-    def _update(self, sums: Sequence[Sums], gradients: Gradients) -> tuple[Any, ...]:
+    def _update(self, sums: Sequence[Sums], gradients: Gradients) -> tuple[Sums, Any]:
         total, weight, metrics = add_up(sums)
         divisor = mx.maximum(weight.astype(mx.float32), SMALLEST)  # nothing trained: the gradient is zero, not 0/0
         joined = Joined.of(gradients)
@@ -185,7 +189,7 @@ class TrainStep:
             gradients, reported = transform(gradients, context)
             context.reported.update(reported)
         learning_rate, verdicts = self._optimize(gradients, context)
-        return (total, weight, metrics, context.reported, learning_rate, verdicts), joined.arrays
+        return (total, weight, metrics), (context.reported, learning_rate, verdicts)
 
     def _optimize(self, gradients: Gradients, context: StepContext) -> tuple[mx.array | None, dict[str, mx.array]]:
         model, optimizer = self.module.model, self.optimizer

@@ -1,6 +1,5 @@
 """What crosses into a traced function and back: batches as trees, and state that survives a failed trace."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,12 +15,6 @@ Gradients = Any
 """A tree of arrays shaped like the trainable parameters."""
 
 HOST_FIELD = "metadata"
-PACKED = {"int32": mx.int32, "float32": mx.float32}
-"""Types of NumPy arrays that go to the device in one array."""
-PLACE = "\0place"
-"""What a leaf that says where such an array stands begins with."""
-ALIGNED = 64
-"""Each stands behind a multiple of so many numbers, as memory of its own would."""
 UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 """By their number of bytes."""
 EXPONENTS = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80, mx.float32: 0x7F800000, mx.float64: 0x7FF0000000000000}
@@ -30,74 +23,28 @@ _batch_types: dict[str, type] = {}
 
 
 def to_tree(batch: Any) -> Any:
-    """The batch as a tree of MLX arrays, for `mx.compile`; an attrs object becomes its type's key and its fields.
-
-    NumPy arrays come packed, behind them the tree, in which leaves say where each stands.
-    """
-    packing = Packing()
+    """The batch as a tree of MLX arrays, for `mx.compile`; an attrs object becomes its type's key and its fields."""
     if not attrs.has(type(batch)):
-        tree = tree_map(packing.add, batch)
-    else:
-        key = f"{type(batch).__qualname__}@{id(type(batch))}"
-        _batch_types[key] = type(batch)
-        names = [field.name for field in attrs.fields(type(batch)) if field.name != HOST_FIELD]
-        tree = key, {name: tree_map(packing.add, getattr(batch, name)) for name in names}
-    return packing.array(), tree
+        return tree_map(as_array, batch)
+    key = f"{type(batch).__qualname__}@{id(type(batch))}"
+    _batch_types[key] = type(batch)
+    names = [field.name for field in attrs.fields(type(batch)) if field.name != HOST_FIELD]
+    return key, {name: tree_map(as_array, getattr(batch, name)) for name in names}
 
 
 def from_tree(tree: Any) -> Any:
     """The batch again, of traced arrays; what stayed on the host is None."""
-    packed, tree = tree
-    match tree_map(lambda leaf: unpacked(packed, leaf), tree):
+    match tree:
         case (str(key), dict(fields)) if key in _batch_types:
             batch_type = _batch_types[key]
             host = {HOST_FIELD: None} if HOST_FIELD in attrs.fields_dict(batch_type) else {}
             return batch_type(**fields, **host)
-        case batch:
-            return batch
+    return tree
 
 
-@attrs.define
-class Packing:
-    """NumPy arrays one behind the other, as one array of 2^n numbers, so that it has the size of most before it.
-
-    On CUDA each array from the host is managed memory, which is slow to get, and which waits for all queued work when
-    it is given back (mlx 0.32.4).
-    """
-
-    arrays: list[tuple[int, Any]] = attrs.Factory(list)
-    """Each behind its place."""
-    size: int = 0
-
-    def add(self, leaf: Any) -> Any:
-        """Return what stands for `leaf` in the tree; NumPy arrays of other types become MLX arrays of their own."""
-        if not isinstance(leaf, np.ndarray):
-            return leaf
-        if leaf.dtype.name not in PACKED or not leaf.size or not leaf.ndim:
-            return mx.array(leaf)
-        begin = -(-self.size // ALIGNED) * ALIGNED
-        self.arrays.append((begin, leaf.reshape(-1).view(np.int32)))
-        self.size = begin + leaf.size
-        return f"{PLACE} {begin} {leaf.dtype.name} {','.join(map(str, leaf.shape))}"
-
-    def array(self) -> mx.array | None:
-        """Return all of them, int32, or None where there are none."""
-        if not self.arrays:
-            return None
-        numbers = np.zeros(1 << (self.size - 1).bit_length(), np.int32)
-        for begin, array in self.arrays:
-            numbers[begin : begin + array.size] = array
-        return mx.array(numbers)
-
-
-def unpacked(packed: Any, leaf: Any) -> Any:
-    """Return the array, a view, for which `leaf` stands, or else `leaf` itself."""
-    if not (isinstance(leaf, str) and leaf.startswith(PLACE)):
-        return leaf
-    _, begin, kind, lengths = leaf.split(" ")
-    shape = [int(length) for length in lengths.split(",")]
-    numbers = packed[int(begin) : int(begin) + math.prod(shape)]
-    return numbers.view(PACKED[kind]).reshape(shape)
+def as_array(leaf: Any) -> Any:
+    """NumPy arrays become MLX arrays; everything else stays."""
+    return mx.array(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def shape_key(tree: Any) -> tuple[Any, ...]:

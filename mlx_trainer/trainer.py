@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -159,7 +159,7 @@ class Trainer:
             module.setup("fit")
             self._build()
             self.events.emit("on_fit_start", self, module)
-            with stopping_on_signals(self.request_stop):
+            with stopping_on_signals(self.request_stop), closing(self._step):
                 with self._saves.all_followed():
                     self._run_epochs()
                 self.events.emit("on_fit_end", self, module)

@@ -157,17 +157,25 @@ def test_a_blas_that_the_user_preloaded_stays(tmp_path: Path) -> None:
     assert report == ["BLAS: left as it is, since another one than MLX's own was loaded before"]
 
 
-def test_on_cuda_mlx_gets_small_command_buffers_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA build gets MLX_MAX_MB_PER_BUFFER=100 and no BLAS; a value in the environment stays."""
+def test_on_cuda_mlx_gets_our_settings_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA build gets no graphs, small command buffers and no BLAS; a value in the environment stays."""
     monkeypatch.setattr(runtime, "_has_cuda", lambda: True)
     monkeypatch.setattr(runtime, "_report", "")
+    monkeypatch.setattr(runtime, "_set_here", {})
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "40")
+    for name in runtime.CUDA_SETTINGS:
+        monkeypatch.delenv(name, raising=False)  # as it was, it comes back
+    monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", "1")
     runtime.prepare()
-    assert os.environ["MLX_MAX_MB_PER_BUFFER"] == "40"
-    monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER")
+    assert {name: os.environ[name] for name in runtime.CUDA_SETTINGS} == {
+        "MLX_USE_CUDA_GRAPHS": "1",
+        "MLX_MAX_OPS_PER_BUFFER": "40",
+        "MLX_MAX_MB_PER_BUFFER": "100",
+    }
+    monkeypatch.delenv("MLX_USE_CUDA_GRAPHS")
     runtime.prepare()
-    assert os.environ["MLX_MAX_MB_PER_BUFFER"] == "100"
+    assert os.environ["MLX_USE_CUDA_GRAPHS"] == "0"
+    assert not runtime.CUDA_SETTINGS.keys() & runtime.foreign_environment().keys()
     assert runtime.blas_report() == "BLAS: not needed, MLX runs on CUDA"
 
 
@@ -300,19 +308,19 @@ def test_the_cache_leaves_room_for_a_step(
 
 
 @pytest.mark.parametrize(
-    ("backend", "kept", "limits"),
+    ("backend", "most", "limits"),
     [("cuda", 20_000, [20_000]), ("cuda", 0, [95_000]), ("metal", 20_000, []), ("cpu", 20_000, [])],
 )
 def test_queued_work_waits_on_cuda_alone(
-    monkeypatch: pytest.MonkeyPatch, backend: str, kept: int, limits: list[int]
+    monkeypatch: pytest.MonkeyPatch, backend: str, most: int, limits: list[int]
 ) -> None:
-    """While more is held than a step keeps; where that is not known, while the card is full."""
+    """While more is held than a step needs; where that is not known, while the card is full."""
     told: list[int] = []
     monkeypatch.setattr(runtime, "backend", lambda: backend)
     monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: 100_000)
     monkeypatch.setattr(mx, "set_cache_limit", lambda bytes: None)
     monkeypatch.setattr(mx, "set_memory_limit", told.append)
-    runtime.bound_memory(30_000, kept)
+    runtime.bound_memory(30_000, most)
     assert told == limits
 
 

@@ -17,6 +17,7 @@ from mlx_trainer import Callback, LambdaCallback, LossOutput, NaNGuard, Trainer,
 from mlx_trainer.checkpoint import CheckpointError, seal
 from mlx_trainer.limits import seconds_of
 from mlx_trainer.state import random_state
+from mlx_trainer.step import TrainStep
 from mlx_trainer.traced import from_tree, to_tree
 from mlx_trainer.trainer import TrainingError
 from tests.toy import ToyBatch, ToyLoader, ToyModule, toy_batches, weights, with_nan
@@ -79,7 +80,7 @@ def test_steps_without_logging_read_nothing_from_the_device(reads: Counter[str],
     assert reads["item"] > 0  # the counter does count: the last log reads
 
 
-def test_the_next_step_is_dispatched_before_a_log_is_read() -> None:
+def test_the_next_step_is_dispatched_before_a_log_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a log point the device already has the next step to do."""
     order: list[str] = []
 
@@ -87,21 +88,14 @@ def test_the_next_step_is_dispatched_before_a_log_is_read() -> None:
         def on_log(self, trainer: Trainer, module: TrainerModule, step: int, metrics: dict[str, float]) -> None:
             order.append(f"log {step}")
 
-    trainer = Trainer(max_steps=3, log_every=1, callbacks=[Order()])
-    build = trainer._build
+    dispatch = TrainStep.__call__
 
-    def with_recorded_dispatch() -> None:
-        build()
-        dispatch = trainer._step
+    def recorded(step: TrainStep, window: Any) -> Any:
+        order.append("dispatch")
+        return dispatch(step, window)
 
-        def step(window: Any) -> Any:
-            order.append("dispatch")
-            return dispatch(window)
-
-        trainer._step = step  # type: ignore[assignment]
-
-    trainer._build = with_recorded_dispatch  # type: ignore[method-assign]
-    trainer.fit(ToyModule(), toy_batches((4, 4, 4)))
+    monkeypatch.setattr(TrainStep, "__call__", recorded)
+    Trainer(max_steps=3, log_every=1, callbacks=[Order()]).fit(ToyModule(), toy_batches((4, 4, 4)))
 
     assert order == ["dispatch", "dispatch", "log 1", "dispatch", "log 2", "log 3"]
 

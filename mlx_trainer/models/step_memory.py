@@ -31,14 +31,14 @@ class StepMemory:
     """At the peak of a step."""
     _held: int = 0
     """Before the first step."""
-    _kept: int = 0
-    """For the gradient, beside what is held."""
+    _added: int = 0
+    """By a step, to what is held."""
     _told: set[Policy] = Factory(set)
 
     def begin(self) -> None:
         """Let MLX keep what it keeps where no step is known."""
         runtime.bound_memory()
-        self.needed = self._held = self._kept = 0
+        self.needed = self._held = self._added = 0
 
     def bound(self, step: MemoryEstimate) -> None:
         """Let MLX keep what `step`, which is to be traced, and those before it leave free.
@@ -54,5 +54,5 @@ class StepMemory:
         self._told.add(step.policy)
         self.needed = max(self.needed, step.peak)
         self._held = self._held or mx.get_active_memory()  # before the first step, so nothing is in flight
-        self._kept = max(self._kept, step.kept)
-        runtime.bound_memory(self.needed, self._held + self._kept)
+        self._added = max(self._added, step.kept + step.in_flight)
+        runtime.bound_memory(self.needed, self._held + self._added)

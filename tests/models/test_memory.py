@@ -113,7 +113,7 @@ def test_the_choice_is_told_once_and_bounds_the_cache(
     limit = round(needed["none"] / (1 - memory.MARGIN)) + 2
     bounds: list[int] = []
     monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: limit)
-    monkeypatch.setattr(runtime, "bound_memory", lambda needed, kept: bounds.append(needed))
+    monkeypatch.setattr(runtime, "bound_memory", lambda needed, most: bounds.append(needed))
     caplog.set_level(logging.INFO, "mlx_trainer.models")
     caplog.clear()
     chosen = [module.recomputation(batch) for batch in (small, small, large, small)]
