@@ -56,8 +56,14 @@ def test_a_step_that_finds_no_memory_is_dispatched_once_more(
 
 @pytest.mark.parametrize(
     ("accumulate", "calls", "saved"),
-    [(1, (5, 6), [2, 4]), (1, (4, 5), [2]), (2, (12, 13), [2, 4]), (2, (14, 15), [2, 4]), (2, (10, 11), [2, 3])],
-    ids=["K=1", "K=1, a new shape", "a micro-batch", "the update", "a micro-batch of a new shape"],
+    [
+        *[(1, (9, 10), [2, 4]), (1, (10, 11), [2, 4]), (1, (8, 9), [2])],
+        *[(2, (16, 17), [2, 4]), (2, (18, 19), [2, 4]), (2, (19, 20), [2, 4]), (2, (13, 14), [2, 3])],
+    ],
+    ids=[
+        *["K=1, the last update", "K=1, the gradient", "K=1, a new shape"],
+        *["a micro-batch", "the last update", "the sums", "a micro-batch of a new shape"],
+    ],
 )
 def test_twice_without_memory_ends_the_run_with_advice(
     accumulate: int,
