@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from recomputation import RandomMistral, batch_of, parse
+from recomputation import RandomMistral, batch_of, parse, step_of
 
 from mlx_trainer import runtime
-from mlx_trainer.callbacks import GradientClipping, NaNGuard
 from mlx_trainer.step import TrainStep
 
 KINDS = {
@@ -81,6 +80,8 @@ def table(title: str, events: Events, key: Any, steps: int, most: int = 40) -> N
 def main() -> None:
     """Profile each shape."""
     arguments = parse()
+    if runtime.backend() != "cuda":
+        raise SystemExit("benchmarks/kernels.py needs an NVIDIA GPU: PyTorch's profiler sees no other's kernels")
     module: Any = RandomMistral(arguments)
     module.setup("fit")
     mx.eval(module.model.parameters())
@@ -89,10 +90,7 @@ def main() -> None:
         batch = batch_of(*map(int, shape.split("x")))
         module.recompute = arguments.policies[0]
         module.setup("fit")
-        optimizer = module.configure_optimizer(None)
-        optimizer.init(module.model.trainable_parameters())
-        clipping, guard = GradientClipping(), NaNGuard()
-        step = TrainStep(module, optimizer, 1, [clipping.transform_gradients], {guard.name: guard.accept_update})
+        step = step_of(module)
         for _ in range(5):
             mx.eval(step([batch]).total)
         hosts = []

@@ -60,12 +60,18 @@ def batch_of(rows: int, length: int) -> UnpaddedBatch:
     return collate_unpadded(made, Shape(rows, length, rows * length), rows * int(trained.sum()) + 1)
 
 
-def measure(module: CausalLMModule, batch: UnpaddedBatch, steps: int, ahead: bool) -> tuple[float, float]:
-    """Milliseconds of a step after two, their median or with `ahead` their mean, and the peak in GB."""
+def step_of(module: CausalLMModule, guarded: bool = True) -> TrainStep:
+    """The trainer's step of a new optimizer, with clipping and the NaN guard or without."""
     optimizer = module.configure_optimizer(None)
     optimizer.init(module.model.trainable_parameters())
     clipping, guard = GradientClipping(), NaNGuard()
-    step = TrainStep(module, optimizer, 1, [clipping.transform_gradients], {guard.name: guard.accept_update})
+    transforms, guards = [clipping.transform_gradients], {guard.name: guard.accept_update}
+    return TrainStep(module, optimizer, 1, transforms if guarded else [], guards if guarded else {})
+
+
+def measure(module: CausalLMModule, batch: UnpaddedBatch, steps: int, ahead: bool) -> tuple[float, float]:
+    """Milliseconds of a step after two, their median or with `ahead` their mean, and the peak in GB."""
+    step = step_of(module)
     mx.synchronize()
     mx.reset_peak_memory()
     ends, last = [], mx.array(0.0)

@@ -14,15 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from recomputation import RandomMistral, batch_of
+from recomputation import RandomMistral, batch_of, step_of
 from shape import TARGETS, VOCABULARY
 
 from mlx_trainer import runtime
-from mlx_trainer.callbacks import GradientClipping, NaNGuard
 from mlx_trainer.models.head import head_loss
 from mlx_trainer.models.lora import base_of
 from mlx_trainer.models.unpadded import hidden_states
-from mlx_trainer.step import TrainStep
 from mlx_trainer.traced import from_tree, to_tree
 
 Call = Callable[[], Any]
@@ -78,17 +76,8 @@ def gradients(module: Any, batch: Any, head: bool) -> Call:
 
 def whole(module: Any, batch: Any, guarded: bool) -> Call:
     """The step as the trainer takes it, with clipping and the guard or without."""
-    optimizer = module.configure_optimizer(None)
-    optimizer.init(module.model.trainable_parameters())
-    clipping, guard = GradientClipping(), NaNGuard()
-    transforms, guards = [clipping.transform_gradients], {guard.name: guard.accept_update}
-    step = TrainStep(module, optimizer, 1, transforms if guarded else [], guards if guarded else {})
-
-    def call() -> Any:
-        total = step([batch]).total
-        return [total, module.model.trainable_parameters()]
-
-    return call
+    step = step_of(module, guarded)
+    return lambda: step([batch]).total
 
 
 def milliseconds(call: Call, seconds: float) -> tuple[float, float]:
