@@ -33,9 +33,9 @@ CUDA_SETTINGS = {"MLX_USE_CUDA_GRAPHS": "0", "MLX_MAX_OPS_PER_BUFFER": "40", "ML
 """What MLX is told on CUDA, where the user has told it nothing else.
 
 Kernels and products are launched as they come. MLX makes graphs of them by itself, each product captured on its own,
-which costs the host twice as long and made steps 2 to 9 % slower (mlx 0.32.4). What a queued command needs is held
-until all of its buffer is done, so small buffers need less memory: MLX's own nearly twice as much, and 100 commands in
-place of 40 a tenth more. The last is for graphs, where a user switches them on.
+which made steps 2 to 13 % slower (mlx 0.32.4, docs/performance.md). What a queued command needs is held until all of
+its buffer is done, so small buffers need less memory: MLX's own nearly twice as much, and 100 commands in place of 40 a
+tenth more. The last is for graphs, where a user switches them on.
 """
 
 _report = ""

@@ -9,7 +9,7 @@ which adds its gradients to a float32 sum, and a last call updates: a shape is t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -136,9 +136,13 @@ class TrainStep:
         return StepOutput(*sums, *told)
 
     def close(self) -> None:
-        """Dispatch the last update too; a model that waits for one can never be freed (mlx 0.32.4)."""
+        """Dispatch the last update too; a model that waits for one can never be freed (mlx 0.32.4).
+
+        Where that fails, it does so again, and is raised, for whoever reads what the update makes.
+        """
         if self.sound:
-            dispatched(self._told, self._state)
+            with suppress(RuntimeError):
+                dispatched(self._told, self._state)
 
     def _refuse_replaced(self) -> None:
         if self.module.model.state is not self._state[0] or self.optimizer.state is not self._state[1]:

@@ -93,6 +93,14 @@ def test_an_error_at_the_wait_ends_the_run_with_advice(monkeypatch: pytest.Monke
         end(1, callbacks=[Later()])
 
 
+def test_a_last_update_without_memory_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried twice at the end of the run, and then once more by whoever reads the weights."""
+    expected = end(1)
+    backend = Backend(monkeypatch, "async_eval", 13, 14)
+    assert end(1) == expected
+    assert backend.calls == 14
+
+
 def test_other_errors_of_the_backend_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong shape is not tried again and not called a lack of memory."""
     backend = Backend(monkeypatch, "async_eval", 3, text="[matmul] shapes do not fit")

@@ -1,7 +1,9 @@
 """One optimizer update: its gradient, its guard, and what it leaves behind when something fails."""
 
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -288,3 +290,21 @@ def test_arrays_of_callbacks_survive_an_error_while_tracing() -> None:
             step(toy_batches((rows,)))
         assert [array.tolist() for _, array in tree_flatten(average.arrays)] == before
         assert step.sound
+
+
+def test_an_update_waits_for_the_next_step(tmp_path: Path) -> None:
+    """It is dispatched when that is made, or by `close`; its numbers are the same."""
+    module = ToyModule()
+    step = built(module)
+
+    def waiting() -> list[Any]:
+        mx.export_to_dot(str(tmp_path / "graph"), *[array for _, array in tree_flatten(step.optimizer.state)])
+        return re.findall(r"shape=rectangle", (tmp_path / "graph").read_text())
+
+    batches = toy_batches((4, 4))
+    step(batches[:1])
+    first = len(waiting())
+    step(batches[1:])
+    assert 0 < len(waiting()) <= first  # its own alone
+    step.close()
+    assert waiting() == []

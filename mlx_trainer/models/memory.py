@@ -56,7 +56,8 @@ within 2 %. Metal: a guess."""
 class MemoryEstimate:
     """The peak of a step in bytes, and its parts: what trains is counted in `weights`.
 
-    `update` is what the update makes anew, parameters and state; each gradient is given back as it is used.
+    `update` is what the update makes anew, parameters and state; each gradient is given back as it is used, or with
+    those that it is joined with.
     """
 
     policy: Policy

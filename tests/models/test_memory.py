@@ -112,8 +112,11 @@ def test_the_choice_is_told_once_and_bounds_the_cache(
     needed = peaks(module, small)
     limit = round(needed["none"] / (1 - memory.MARGIN)) + 2
     bounds: list[int] = []
+    waits: list[int] = []
+    held = mx.get_active_memory()
+    monkeypatch.setattr(mx, "get_active_memory", lambda: held)
     monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: limit)
-    monkeypatch.setattr(runtime, "bound_memory", lambda needed, most: bounds.append(needed))
+    monkeypatch.setattr(runtime, "bound_memory", lambda needed, most: (bounds.append(needed), waits.append(most)))
     caplog.set_level(logging.INFO, "mlx_trainer.models")
     caplog.clear()
     chosen = [module.recomputation(batch) for batch in (small, small, large, small)]
@@ -123,6 +126,8 @@ def test_the_choice_is_told_once_and_bounds_the_cache(
     assert [line.rpartition(" ")[2] for line in lines] == ["none.", f"{chosen[2]}."]
     assert lines[0].startswith(f"Memory: about {needed['none'] / 1e9:.3g} GB of {limit / 1e9:.3g} GB (weights ")
     assert bounds == [needed["none"]] * 2 + [max(needed["none"], peaks(module, large)[chosen[2]])] * 2
+    step = estimate(module.model, small, module.configure_optimizer(1_000), "none")
+    assert waits[:2] == [held + step.kept + step.in_flight] * 2
     monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: needed["block"] // 2)
     module._memory.needed = 0
     assert module.recomputation(small) == "block"

@@ -1,7 +1,9 @@
 """The unpadded forward equals the padded one: loss and all gradients, on random rows."""
 
+import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -237,3 +239,20 @@ def test_the_last_mlp_sees_what_predicts_alone(module: CausalLMModule, monkeypat
     states = unpadded.hidden_states(module.model, from_tree(to_tree(batch)))
     assert seen == [40] * (len(module.model.model.layers) - 1) + [24]
     assert len(states) == 24
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_the_gradient_of_swiglu(monkeypatch: pytest.MonkeyPatch, cpu: bool) -> None:
+    """That of the formula, as Linux CPUs compute it and as others do, in two kernels without a sigmoid apart."""
+    monkeypatch.setattr(runtime, "linux_cpu", lambda: cpu)
+    gate, up, cotangent = (mx.random.normal((9, 16), key=mx.random.key(i)) * 4 for i in range(3))
+    mx.eval(gate, up, cotangent)
+    mx.enable_compile()
+    found = mx.compile(lambda *given: mx.vjp(unpadded.swiglu, list(given[:2]), [given[2]])[1])(gate, up, cotangent)
+    buffer = io.StringIO()
+    mx.export_to_dot(buffer, *found)
+    kernels = re.findall(r'label ="(\w*(?:Compiled|Sigmoid)\w*)", shape=rectangle', buffer.getvalue())
+    expected = mx.vjp(lambda gate, up: gate * mx.sigmoid(gate) * up, [gate, up], [cotangent])[1]
+    for mine, plain in zip(found, expected, strict=True):
+        assert mx.allclose(mine, plain, rtol=1e-5, atol=2e-6).item()
+    assert cpu or (len(kernels) == 2 and all(name.startswith("Compiled") for name in kernels))
