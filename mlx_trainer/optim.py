@@ -10,9 +10,11 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 from attrs import frozen
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_map, tree_map_with_path
 
+from mlx_trainer.cuda import kernels
 from mlx_trainer.fusion import one_by_one
+from mlx_trainer.joined import SMALL
 
 log = logging.getLogger("mlx_trainer.optim")
 
@@ -56,24 +58,57 @@ class AdamW(optimizers.AdamW):
     accepted: mx.array | None = None
     """Where it is given and false, `update` leaves every parameter and moment as it is, bit for bit."""
 
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        """Return the updated parameters, a tree like `gradients`; on CUDA small ones many at a time."""
+        if not kernels.usable(mx.float32):
+            return super().apply_gradients(gradients, parameters)
+        if not self._initialized:
+            self.init(gradients)
+        super().apply_gradients({}, {})  # the schedule and the count of steps
+        small: list[tuple[mx.array, mx.array, Any]] = []
+
+        def apply(gradient: mx.array, parameter: mx.array, state: Any) -> Any:
+            if gradient.size > SMALL or {gradient.dtype, parameter.dtype, state["m"].dtype} != {mx.float32}:
+                return self.apply_single(gradient, parameter, state)
+            small.append((gradient, parameter, state))
+            return len(small) - 1
+
+        updated, done = tree_map(apply, gradients, parameters, self.state), []
+        for start in range(0, len(small), kernels.MANY):
+            done += self._apply_many(*zip(*small[start : start + kernels.MANY], strict=True))
+        return tree_map(lambda leaf: done[leaf] if isinstance(leaf, int) else leaf, updated)
+
+    def _apply_many(self, gradients: Any, parameters: Any, states: Any) -> list[mx.array]:
+        moments = [state["m"] for state in states], [state["v"] for state in states]
+        scalars = self._scalars(mx.float32)
+        new, *moved = kernels.adamw(gradients, parameters, moments, scalars, self.accepted, self.betas)
+        for state, m, v in zip(states, *moved, strict=True):
+            state["m"], state["v"] = m, v
+        return new
+
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         """Return the updated parameter, and put its moments into `state`."""
-        (b1, b2), dtype, accepted = self.betas, gradient.dtype, self.accepted
-
-        def corrected(beta: float) -> mx.array:
-            return one_by_one(self.step, lambda t: t.astype(mx.float32), lambda t: beta**t, lambda power: 1 - power)
+        (b1, b2), accepted = self.betas, self.accepted
 
         def chosen(new: mx.array, old: mx.array) -> mx.array:
             return new if accepted is None else mx.where(accepted, new, old)
 
-        root = one_by_one(corrected(b2), mx.sqrt)
-        kept = one_by_one(self.learning_rate, lambda rate: rate * self.weight_decay, lambda decay: 1 - decay)
-        rate = one_by_one(self.learning_rate, lambda rate: rate * root, lambda rate: rate / corrected(b1))
-        epsilon = one_by_one(root, lambda root: root * self.eps)
-        kept, rate, epsilon = kept.astype(dtype), rate.astype(dtype), epsilon.astype(dtype)
+        kept, rate, epsilon = self._scalars(gradient.dtype)
         m = state["m"] = chosen(b1 * state["m"] + (1 - b1) * gradient, state["m"])
         v = state["v"] = chosen(b2 * state["v"] + (1 - b2) * mx.square(gradient), state["v"])
         return chosen(kept * parameter - rate * m / (mx.sqrt(v) + epsilon), parameter)
+
+    def _scalars(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array]:
+        """The share of a parameter that is kept, the rate of its update, and ε."""
+
+        def corrected(beta: float) -> mx.array:
+            return one_by_one(self.step, lambda t: t.astype(mx.float32), lambda t: beta**t, lambda power: 1 - power)
+
+        root = one_by_one(corrected(self.betas[1]), mx.sqrt)
+        kept = one_by_one(self.learning_rate, lambda rate: rate * self.weight_decay, lambda decay: 1 - decay)
+        rate = one_by_one(self.learning_rate, lambda rate: rate * root, lambda rate: rate / corrected(self.betas[0]))
+        epsilon = one_by_one(root, lambda root: root * self.eps)
+        return kept.astype(dtype), rate.astype(dtype), epsilon.astype(dtype)
 
 
 def adamw(settings: Settings) -> Optimizer:

@@ -40,7 +40,7 @@ ArrayUpdate = Callable[..., dict[str, Any]]
 class StepContext:
     """What traced callbacks may look at: the step's mean loss, its weight, its gradients before any transform.
 
-    `reported` are the scalars that the transforms before have reported, by name; `joined` are the gradients' numbers in
+    `reported` are the scalars that the transforms before have reported, by name; `joined` has the gradients' numbers in
     few arrays.
     """
 
@@ -48,12 +48,12 @@ class StepContext:
     weight: mx.array
     gradients: Gradients
     reported: dict[str, mx.array] = attrs.field(factory=dict)
-    joined: Sequence[mx.array] = attrs.Factory(lambda self: Joined.of(self.gradients).arrays, takes_self=True)
+    joined: Joined = attrs.Factory(lambda self: Joined.of(self.gradients), takes_self=True)
 
     @cached_property
     def grad_norm(self) -> mx.array:
         """The global norm of the gradients before any transform, a float32 scalar; computed only if asked for."""
-        return norm(self.joined)
+        return norm(self.joined.arrays)
 
 
 @attrs.frozen(eq=False)
@@ -185,10 +185,9 @@ class TrainStep:
     def _update(self, sums: Sequence[Sums], gradients: Gradients) -> tuple[Sums, Any]:
         total, weight, metrics = add_up(sums)
         divisor = mx.maximum(weight.astype(mx.float32), SMALLEST)  # nothing trained: the gradient is zero, not 0/0
-        joined = Joined.of(gradients)
-        joined = attrs.evolve(joined, arrays=[g / spread(divisor, g) for g in joined.arrays])
+        joined = Joined.of(gradients).map(lambda g: g / spread(divisor, g))
         gradients = joined.tree()
-        context = StepContext(total / weight, weight, gradients, joined=joined.arrays)
+        context = StepContext(total / weight, weight, gradients, joined=joined)
         for transform in self.transforms:
             gradients, reported = transform(gradients, context)
             context.reported.update(reported)

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from mlx_trainer.callback import Callback, Gradients
 from mlx_trainer.fusion import all_finite, on_its_own
-from mlx_trainer.step import StepContext, global_norm
+from mlx_trainer.joined import Joined
+from mlx_trainer.step import StepContext
+from mlx_trainer.step import norm as norm_of
 
 
 class GradientClipping(Callback):
@@ -40,29 +41,21 @@ class GradientClipping(Callback):
         self, gradients: Gradients, context: StepContext
     ) -> tuple[Gradients, Mapping[str, mx.array]]:
         """Return gradients within the limits, each in its own dtype, and the global norm they had."""
-        # Without an earlier transform it is the norm that guards look at too, and is computed once.
-        norm = context.grad_norm if gradients is context.gradients else global_norm(gradients)
-        if self.max_value is not None:
-            gradients = clip_by_value(gradients, self.max_value)
-        if self.max_norm is not None:
-            gradients = clip_by_norm(
-                gradients, norm if self.max_value is None else global_norm(gradients), self.max_norm
-            )
-        return gradients, {"grad_norm": norm}
+        # Without an earlier transform these are the arrays whose norm guards look at too, and it is computed once.
+        joined = context.joined if gradients is context.gradients else Joined.of(gradients)
+        before = norm = context.grad_norm if joined is context.joined else norm_of(joined.arrays)
+        if (limit := self.max_value) is not None:
+            joined = joined.map(lambda g: mx.clip(g, -limit, limit).astype(g.dtype))
+            norm = norm_of(joined.arrays)
+        scale = None if self.max_norm is None else scale_of(norm, self.max_norm)
+        return joined.tree(scale), {"grad_norm": before}
 
     def accept_update(self, loss: mx.array, gradients: Gradients, context: StepContext) -> mx.array:
         """Whether the norm before any clipping was finite: scaled by another, the update would be nothing or NaN."""
         return mx.array(True) if self.max_norm is None else all_finite(context.reported["grad_norm"])
 
 
-def clip_by_value(gradients: Gradients, max_value: float) -> Gradients:
-    """Each element clipped to [-max_value, max_value]."""
-    return tree_map(lambda g: mx.clip(g, -max_value, max_value).astype(g.dtype), gradients)
-
-
-def clip_by_norm(gradients: Gradients, norm: mx.array, max_norm: float) -> Gradients:
-    """The gradients, whose global norm is `norm`, scaled down to `max_norm`; NaN where `norm` is not finite."""
+def scale_of(norm: mx.array, max_norm: float) -> mx.array:
+    """The scalar that brings gradients, whose global norm is `norm`, to `max_norm`; NaN where `norm` is not finite."""
     ratio = on_its_own(max_norm / on_its_own(norm + 1e-6))
-    scale = on_its_own(mx.minimum(ratio, 1.0)) + on_its_own(norm * 0)
-    # Multiplied in float32: a small scale would be 0 in float16.
-    return tree_map(lambda g: (g.astype(mx.float32) * scale).astype(g.dtype), gradients)
+    return on_its_own(on_its_own(mx.minimum(ratio, 1.0)) + on_its_own(norm * 0))

@@ -23,6 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from attrs import frozen
 
+from mlx_trainer.cuda import kernels
 from mlx_trainer.fusion import cast, on_its_own, spread
 from mlx_trainer.models.quantized import QuantizedLinear, dequantized, dequantizing_wins, result_type
 
@@ -57,18 +58,16 @@ def products(
     """
     groups = sharing(adapters)
     masks, scales = [group[0].kept for group in groups], [group[0].scale for group in groups]
-    ends = [list(accumulate(adapter.a.shape[1] for adapter in group))[:-1] for group in groups]
+    ranks = [[adapter.a.shape[1] for adapter in group] for group in groups]
     dtype = inputs[0].dtype
 
     def each(lows: Sequence[mx.array]) -> list[mx.array]:
-        return [low for together, at in zip(lows, ends, strict=True) for low in mx.split(together, at, axis=1)]
-
-    def scaled(a: Sequence[mx.array]) -> list[mx.array]:
-        scalars = [mx.array(scale, one.dtype) for one, scale in zip(a, scales, strict=True)]
-        return [one * spread(scalar, one) for one, scalar in zip(a, scalars, strict=True)]
+        return [low for together, own in zip(lows, ranks, strict=True) for low in split(together, own)]
 
     def typed(a: Sequence[mx.array], b: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
-        return [cast(one, dtype) for one in scaled(a)], [up.astype(dtype) for up in b]
+        own = iter(a)
+        narrow = [beside(list(islice(own, len(group))), group[0].scale, dtype) for group in groups]
+        return narrow, [up.astype(dtype) for up in b]
 
     @mx.custom_function
     def forward(inputs: list[mx.array], a: list[mx.array], b: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
@@ -94,13 +93,37 @@ def products(
         dx: Any = reduce(operator.add, terms) if terms else None
         for linear, dy in zip(linears, dys, strict=True):
             dx = back_through(linear, dx, dy, x)
-        da, db = ([widened(d, p.dtype) for d, p in zip(ds, ps, strict=True)] for ds, ps in ((da, a), (db, b)))
-        da = [on_its_own(d) for d in scaled(da)]  # else fused with what the step does to it
+        parts = zip(da, ranks, scales, strict=True)
+        da = [one for d, own, scale in parts for one in apart(d, own, scale, a[0].dtype)]
+        db = [one for d, up in zip(db, b, strict=True) for one in apart(d, [d.shape[1]], None, up.dtype)]
+        da = [d.astype(p.dtype) for d, p in zip(da, a, strict=True)]
         return mx.vjp(make, inputs, [dx.astype(dtype)])[1], da, db
 
-    a = [mx.concatenate([adapter.a for adapter in group], axis=1) for group in groups]
-    outputs: Any = forward(list(inputs), a, [adapter.b for adapter in adapters])
+    outputs: Any = forward(list(inputs), [adapter.a for adapter in adapters], [adapter.b for adapter in adapters])
     return tuple(outputs[0])
+
+
+def beside(parts: Sequence[mx.array], scale: float, dtype: mx.Dtype) -> mx.array:
+    """`parts` (in, ·) beside each other, times `scale`, as `dtype`."""
+    if kernels.usable(dtype) and len(parts) <= kernels.PARTS and all(part.dtype == mx.float32 for part in parts):
+        return kernels.join_columns(parts, scale, dtype)
+    x = mx.concatenate(list(parts), axis=1)
+    return cast(x * spread(mx.array(scale, x.dtype), x), dtype)
+
+
+def apart(x: mx.array, columns: Sequence[int], scale: float | None, dtype: mx.Dtype) -> list[mx.array]:
+    """The other way round, which is the gradient: the columns of x as `dtype`, times `scale` if there is one."""
+    if kernels.usable(x.dtype) and len(columns) <= kernels.PARTS and dtype == mx.float32:
+        return kernels.split_columns(x, columns, 1.0 if scale is None else scale)
+    x = widened(x, dtype)
+    if scale is not None:  # on its own, or it would be fused with what the step does to it
+        x = on_its_own(x * spread(mx.array(scale, x.dtype), x))
+    return split(x, columns)
+
+
+def split(x: mx.array, columns: Sequence[int]) -> list[mx.array]:
+    """The first so many columns of `x`, the next, and so on."""
+    return list(mx.split(x, list(accumulate(columns))[:-1], axis=1))
 
 
 def widened(product: mx.array, dtype: mx.Dtype) -> mx.array:

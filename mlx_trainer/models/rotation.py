@@ -24,11 +24,15 @@ KEPT = 32
 
 def rotated(rope: Any, x: mx.array, offset: int) -> mx.array:
     """Return `rope(x, offset=offset)` for x (rows, heads, length, d), whatever `rope` is."""
-    known = type(rope) is nn.RoPE and not rope.traditional and rope.dims == x.shape[-1] and rope.scale == 1.0
-    if known and x.dtype == mx.float32 and runtime.linux_cpu():
+    if plain(rope, x.shape[-1]) and x.dtype == mx.float32 and runtime.linux_cpu():
         rope = rotation(*table(x.shape[2], offset, rope.dims // 2, rope.base))
         return rope(x)  # type: ignore[no-any-return]
     return rope(x, offset=offset)  # type: ignore[no-any-return]
+
+
+def plain(rope: Any, d: int) -> bool:
+    """Whether a `table` has the angles of `rope` for heads of d."""
+    return type(rope) is nn.RoPE and not rope.traditional and rope.dims == d and rope.scale == 1.0
 
 
 def rotation(cosines: mx.array, sines: mx.array) -> Callable[..., Any]:

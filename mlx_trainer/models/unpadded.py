@@ -14,18 +14,18 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_trainer import runtime
+from mlx_trainer.cuda import kernels
 from mlx_trainer.models.attention import causal_attention, fused
 from mlx_trainer.models.exponential import sigmoid
 from mlx_trainer.models.gather import take_once, take_rows
 from mlx_trainer.models.lora import dropout_keys, project
 from mlx_trainer.models.recomputation import Policy, run_again, run_once
 from mlx_trainer.models.rms_norm import normed
-from mlx_trainer.models.rotation import rotated
+from mlx_trainer.models.rows import Rows
 
 LLAMAS = ("llama", "mistral")
 """Model types that mlx-lm builds with its Llama."""
 
-Rearrange = Callable[..., Any]
 Seen = tuple[mx.array, mx.array]
 """Keys and values."""
 Keys = tuple[mx.array | None, ...]
@@ -43,12 +43,12 @@ def hidden_states(model: Any, batch: Any, policy: Policy = "none") -> mx.array:
     The last layer's MLP sees those alone, since nothing comes after it that looks at the others. `policy` says what the
     gradient runs again.
     """
-    to_rows, to_positions = rearrangements(batch)
+    rows = Rows.of(batch)
     h = embedded(model.model.embed_tokens, batch.input_ids)
     *earlier, last = model.model.layers
     for layer in earlier:
-        h = block(layer, h, to_rows, to_positions, policy)
-    h = block(last, h, to_rows, to_positions, policy, lambda h: take_once(h, batch.predicting, batch.predictions))
+        h = block(layer, h, rows, policy)
+    h = block(last, h, rows, policy, lambda h: take_once(h, batch.predicting, batch.predictions))
     return normed(model.model.norm, h)
 
 
@@ -62,8 +62,7 @@ def embedded(layer: Any, ids: mx.array) -> mx.array:
 def block(
     layer: Any,
     h: mx.array,
-    to_rows: Rearrange,
-    to_positions: Rearrange,
+    rows: Rows,
     policy: Policy = "none",
     chosen: Callable[[mx.array], mx.array] = lambda h: h,
 ) -> mx.array:
@@ -75,30 +74,28 @@ def block(
     inner: Policy = "none" if policy == "block" else policy
 
     def whole(h: mx.array) -> mx.array:
-        h = chosen(h + attention(mixer, layer.input_layernorm, h, to_rows, to_positions, mixing, inner))
+        h = chosen(h + attention(mixer, layer.input_layernorm, h, rows, mixing, inner))
         return h + feed_forward(mlp, layer.post_attention_layernorm, h, feeding, inner)
 
     result: mx.array = (run_again if policy == "block" else run_once)(whole, layer)(h)
     return result
 
 
-def attention(
-    layer: Any, norm: Any, h: mx.array, to_rows: Rearrange, to_positions: Rearrange, dropout: Keys, policy: Policy
-) -> mx.array:
+def attention(layer: Any, norm: Any, h: mx.array, rows: Rows, dropout: Keys, policy: Policy) -> mx.array:
     """Attention of `norm(h)` within each row and to its prefix; `h` and the result are (positions, hidden)."""
     cheap = run_again if policy in ("selective", "mlp") else run_once
 
     def projected(h: mx.array) -> tuple[mx.array, ...]:
         """Queries, keys and values of the prefixes, if there are any, and of the rows."""
         inputs = project_normed(norm, h, layer.q_proj, layer.k_proj, layer.v_proj, keys=dropout[:3])
-        return tuple(part for parts in zip(*map(to_rows, inputs), strict=True) for part in parts)
+        return rows.heads(layer, *inputs)
 
     def attended(*parts: mx.array) -> tuple[mx.array, ...]:
-        mixed, seen = attend(layer, None, *parts[:3])
-        return (mixed, attend(layer, seen, *parts[3:])[0]) if parts[3:] else (mixed,)
+        mixed, seen = attend(*parts[:3], scale=layer.scale)
+        return (mixed, attend(*parts[3:], scale=layer.scale, before=seen)[0]) if parts[3:] else (mixed,)
 
     def out(*mixed: mx.array) -> mx.array:
-        (out,) = project(to_positions(*mixed), layer.o_proj, keys=dropout[3:])
+        (out,) = project(rows.positions(*mixed), layer.o_proj, keys=dropout[3:])
         return out
 
     parts = cheap(projected, norm, layer.q_proj, layer.k_proj, layer.v_proj)(h)
@@ -110,26 +107,23 @@ def attention(
 
 
 def attend(
-    layer: Any, before: Seen | None, queries: mx.array, keys: mx.array, values: mx.array
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, before: Seen | None = None
 ) -> tuple[mx.array, Seen]:
-    """Attention of rows (rows, length, d) to themselves and to what stands `before` them; and what they leave behind.
+    """Attention of rows (rows, heads, length, d), and what they leave behind: their keys and values.
 
-    Keys and values of prefixes are (groups, heads, prefix, d), each for as many rows that follow each other.
+    They see themselves and what stands `before` them: keys and values of prefixes, (groups, heads, prefix, d), each for
+    as many rows that follow each other.
     """
-    (rows, length, _), offset = queries.shape, 0 if before is None else before[0].shape[2]
-
-    def heads(projected: mx.array, count: int) -> mx.array:
-        return projected.reshape(rows, length, count, -1).transpose(0, 2, 1, 3)
+    (count, _, length, _), seen = queries.shape, (keys, values)
 
     def behind(before: mx.array, own: mx.array) -> mx.array:
-        return mx.concatenate([mx.repeat(before, rows // len(before), axis=0), own], axis=2)
+        return mx.concatenate([mx.repeat(before, count // len(before), axis=0), own], axis=2)
 
-    seen = rotated(layer.rope, heads(keys, layer.n_kv_heads), offset), heads(values, layer.n_kv_heads)
     if before is not None:
-        seen = behind(before[0], seen[0]), behind(before[1], seen[1])
+        seen = behind(before[0], keys), behind(before[1], values)
     # Rows are padded on the right, so that no token sees padding.
-    mixed = causal_attention(rotated(layer.rope, heads(queries, layer.n_heads), offset), *seen, layer.scale)
-    return mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1), seen
+    mixed = causal_attention(queries, *seen, scale)
+    return mixed.transpose(0, 2, 1, 3).reshape(count, length, -1), seen
 
 
 def feed_forward(mlp: Any, norm: Any, h: mx.array, dropout: Keys, policy: Policy) -> mx.array:
@@ -161,12 +155,17 @@ def project_normed(norm: Any, h: mx.array, *layers: Any, keys: Keys) -> tuple[mx
 @mx.custom_function
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`silu(gate) · up`; its gradient needs `gate` and `up` alone, so nothing between them is kept."""
+    if kernels.usable(gate.dtype, gate.shape[-1]):
+        return kernels.swiglu(gate, up)
     return gate * sigmoid(gate) * up
 
 
 @swiglu.vjp
 def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
-    gate, up = mx.depends(list(primals), [cotangent])  # else a compiled step keeps the first sigmoid for this one
+    gate, up = primals
+    if kernels.usable(gate.dtype, gate.shape[-1]):
+        return kernels.swiglu_gradient(gate, up, cotangent)
+    gate, up = mx.depends([gate, up], [cotangent])  # else a compiled step keeps the first sigmoid for this one
     gated = sigmoid(gate)
     to_gate = cotangent * up * (gated + gate * gated * (1 - gated))
     if runtime.linux_cpu():  # where an exponential costs more than keeping it
@@ -174,26 +173,3 @@ def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx
     # Two kernels, this one the forward's: with a sigmoid in common, read and written apart, there would be four.
     (again,) = mx.depends([gate], [cotangent])
     return to_gate, again * sigmoid(again) * cotangent
-
-
-def rearrangements(batch: Any) -> tuple[Rearrange, Rearrange]:
-    """Functions from (positions, d) to rows (rows, length, d) and back, each of which is the other's gradient.
-
-    For each token has one cell, and what flows back into padding, and so into cells beyond a row's end, is zero. Where
-    there are prefixes, they are the first rows, (groups, prefix, d), and the others the second.
-    """
-    flat, size, prefixes = batch.grid.reshape(-1), batch.grid.shape, (batch.groups, batch.prefix)
-    shared = batch.groups * batch.prefix
-
-    def spread(x: mx.array) -> tuple[mx.array, ...]:
-        own = take_rows(x, flat).reshape(*size, -1)
-        return (x[:shared].reshape(*prefixes, -1), own) if shared else (own,)
-
-    def join(*rows: mx.array) -> mx.array:
-        own = take_rows(rows[-1].reshape(flat.size, -1), batch.cells)
-        return mx.concatenate([rows[0].reshape(shared, -1), own]) if shared else own
-
-    to_rows, to_positions = mx.custom_function(spread), mx.custom_function(join)
-    to_rows.vjp(lambda x, cotangents, rows: join(*cotangents))
-    to_positions.vjp(lambda rows, cotangent, x: spread(cotangent))
-    return to_rows, to_positions
