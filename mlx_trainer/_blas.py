@@ -32,6 +32,8 @@ GEMM_SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 
 VARIABLE = "MLX_TRAINER_BLAS"
 OFF = ("off", "0", "none", "false")
+threads_used = 1
+"""How many threads a product has; the reference BLAS has one."""
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
 _SLOW = "the reference BLAS of the MLX wheel, tens of times slower in matrix products"
 
@@ -85,15 +87,16 @@ def use(path: str, origin: str, threads: int) -> str:
 
 def _tune(library: ctypes.CDLL, prefix: str, threads: int, origin: str, path: str) -> str:
     """Set the number of threads unless the environment does, and describe the library."""
+    global threads_used
     if not hasattr(library, prefix + "openblas_get_config"):
         return f"{path} ({origin})"
     config = library[prefix + "openblas_get_config"]
     config.restype = ctypes.c_char_p
     if not any(os.environ.get(name) for name in _THREAD_VARIABLES):
         library[prefix + "openblas_set_num_threads"](threads)
-    count = int(library[prefix + "openblas_get_num_threads"]())
+    threads_used = int(library[prefix + "openblas_get_num_threads"]())
     version = " ".join(config().decode().split()[:2])
-    return f"{version} ({origin}), {count} thread{'s' if count != 1 else ''}"
+    return f"{version} ({origin}), {threads_used} thread{'s' if threads_used != 1 else ''}"
 
 
 class _LinkMap(ctypes.Structure):

@@ -1,6 +1,6 @@
 """What a model must supply to be trained: a loss, an optimizer, and a way to be saved."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ class TrainerModule:
     def training_loss(self, batch: Any) -> LossOutput:
         """The loss of one micro-batch. Traced by `mx.compile`, so it must not read any value on the host."""
         raise TypeError(f"{type(self).__name__} must define training_loss(batch) -> LossOutput")
+
+    def parts(self, batch: Any) -> Sequence[Any]:
+        """Batches of about equal cost whose losses add up to that of `batch`, which a Linux CPU computes side by side.
+
+        Called on the host at every step there, and nowhere else; `batch` alone, as here, is computed on one core.
+        """
+        return [batch]
 
     def validation_loss(self, batch: Any) -> LossOutput:
         """The loss on held-out rows, the model being in eval mode. Traced."""

@@ -6,11 +6,15 @@ For micro-batches b with loss sums L_b and weights w_b the gradient is that of t
 
 and not a mean of means. With K = 1 the whole step is one compiled function. With K > 1 each micro-batch is one call,
 which adds its gradients to a float32 sum, and a last call updates: a shape is traced once, whatever window it is in.
+
+On a Linux CPU a micro-batch is a call for each of its parts (`TrainerModule.parts`), on two streams, so that two cores
+compute; see `side_by_side.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property
+from itertools import cycle
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +28,7 @@ from mlx_trainer.failure import TrainingError, dispatched
 from mlx_trainer.fusion import on_its_own, spread
 from mlx_trainer.joined import Joined
 from mlx_trainer.module import LossOutput, TrainerModule
+from mlx_trainer.side_by_side import dispatched_in_step, on, streams
 from mlx_trainer.traced import Gradients, assign, copied, from_tree, leaves, restored_on_error, shape_key, to_tree
 
 SMALLEST = 2.0**-126
@@ -96,7 +101,8 @@ class TrainStep:
         self.sound = True
         """False after an error that left arrays behind which belong to no finished step."""
         self._state: list[Any] = [module.model.state, optimizer.state, self.arrays, mx.random.state]
-        self._seen: set[Any] = set()  # shapes, and numbers of micro-batches: each is traced
+        self._seen: set[Any] = set()  # shapes, and numbers of sums: each is traced
+        self._streams = streams()
         self._told: Any = None  # what is told of the last update
 
         def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,21 +122,23 @@ class TrainStep:
         self._refuse_replaced()
         for batch in batches:
             self.module.check_batch(batch)
-        trees = [to_tree(batch) for batch in batches]
-        new = {len(trees), *map(shape_key, trees)} - self._seen
+        divided = [self.module.parts(batch) if len(self._streams) > 1 else [batch] for batch in batches]
+        trees = [[to_tree(part) for part in parts] for parts in divided]
+        dispatch = dispatched_in_step if any(len(parts) > 1 for parts in trees) else dispatched
+        new = {sum(map(len, trees)), *(tuple(map(shape_key, parts)) for parts in trees)} - self._seen
         # What is traced runs Python code, which can fail; what is not leaves that to the backend, and references to
         # older arrays, which would keep MLX from reusing their memory, are not held for that.
         self.sound = bool(new)
         last = self._told, leaves(self.optimizer.state)
         with restored_on_error(self._state[:3]) if new else nullcontext():
-            sums, gradients, told = self._made(trees)
+            sums, gradients, told = self._made(trees, dispatch)
         self._seen |= new
         self.sound = False
         # An update is many small operations, and the host gets a number of operations ahead of the device: those of a
         # gradient last long enough to make the next step meanwhile. So the update is dispatched when that is made.
         dispatched(last)
         del last  # or the update of these arrays would take memory of its own
-        dispatched(sums, gradients)
+        dispatch(sums, gradients)
         self._told = told
         self.sound = True
         return StepOutput(*sums, *told)
@@ -151,16 +159,19 @@ class TrainStep:
                 "one; put new values into the containers that are there (model.update, traced.assign)"
             )
 
-    def _made(self, trees: Sequence[Any]) -> tuple[Sums, Gradients, Any]:
-        """The step, lazy: its sums, what the update takes, and what is told of it."""
-        if self.accumulate == 1:
-            whole: tuple[Sums, Gradients, Any] = self._whole(trees[0])
+    def _made(self, trees: Sequence[Sequence[Any]], dispatch: Callable[..., None]) -> tuple[Sums, Gradients, Any]:
+        """The step, lazy: its sums, what the update takes, and what is told of it. `trees` are micro-batches' parts."""
+        if self.accumulate == 1 and len(trees[0]) == 1:
+            whole: tuple[Sums, Gradients, Any] = self._whole(trees[0][0])
             return whole
         gradients, sums = self._zeros(), []
-        for tree in trees:
-            batch_sums, gradients = self._add(tree, gradients)
-            dispatched(batch_sums, gradients)  # the device works while the host prepares the next one
-            sums.append(batch_sums)
+        for parts in trees:
+            for part, stream in zip(parts, cycle(self._streams), strict=False):
+                with on(stream):
+                    part_sums, gradients = self._add(part, gradients)
+                sums.append(part_sums)
+            if self.accumulate > 1:  # the device works while the host prepares the next one
+                dispatch(sums, gradients)
         added, told = self._end(sums, gradients)
         return added, gradients, told
 

@@ -19,6 +19,7 @@ CORE = {
     "fusion",
     "joined",
     "cuda",
+    "side_by_side",
     "result",
     "rollback",
     "callback",
@@ -51,7 +52,8 @@ ALLOWED = {
     "callback": {"traced"} | {"evaluation", "module", "step", "trainer"},  # the latter for their types only
     "evaluation": {"state", "traced", "module"} | LEAVES,
     "joined": {"cuda", "fusion"},
-    "step": {"failure", "fusion", "joined", "module", "traced"},
+    "side_by_side": {"_blas", "failure", "runtime", "traced"},
+    "step": {"failure", "fusion", "joined", "module", "side_by_side", "traced"},
     "interval": {"step", "traced"},
     "interruption": set(),
     "failure": set(),

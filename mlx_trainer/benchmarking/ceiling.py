@@ -13,6 +13,7 @@ from mlx_trainer import runtime
 from mlx_trainer.benchmarking.clock import Clock
 from mlx_trainer.models.loading import DTYPES
 from mlx_trainer.models.lora import dimensions, linear_layers
+from mlx_trainer.side_by_side import streams
 
 SIZES: Mapping[runtime.Backend, int] = {"cpu": 1024, "metal": 4096, "cuda": 8192}
 SECONDS, FEWEST = 1.0, 5
@@ -26,7 +27,7 @@ DPO's reference is 2 more, in each step unless it was computed before.
 
 @frozen
 class MatmulRate:
-    """The best of several products of two square matrices, (size, size), in FLOP/s."""
+    """The best of several times for products of square matrices, (size, size), in FLOP/s."""
 
     dtype: str
     size: int
@@ -53,16 +54,23 @@ class Ceiling:
 
 
 def matmul_rate(dtype: str, now: Clock = time.perf_counter) -> MatmulRate:
-    """Time products of large matrices for about a second; their size suits the device."""
+    """Time products of large matrices for about a second, as many at once as a step has streams.
+
+    Their size suits the device.
+    """
     size = SIZES[runtime.backend()]
     a, b = (mx.random.normal((size, size)).astype(DTYPES[dtype]) for _ in range(2))
-    mx.eval(a, b, a @ b)  # the first one builds the kernel
+
+    def products() -> list[mx.array]:
+        return [mx.matmul(a, b, stream=stream) for stream in streams()]
+
+    mx.eval(a, b, products())  # the first one builds the kernel
     times: list[float] = []
     while len(times) < FEWEST or sum(times) < SECONDS:
         start = now()
-        mx.eval(a @ b)
+        mx.eval(products())
         times.append(now() - start)
-    return MatmulRate(dtype, size, 2 * size**3 / min(times))
+    return MatmulRate(dtype, size, len(streams()) * 2 * size**3 / min(times))
 
 
 def weights_passed(model: nn.Module) -> tuple[int, int] | None:

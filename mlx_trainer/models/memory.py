@@ -9,7 +9,7 @@ is in flight, results of operations that are queued or have just run, is fitted 
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 from attrs import frozen
@@ -98,15 +98,16 @@ def estimate(model: Any, batch: Any, optimizer: Optimizer, policy: Policy) -> Me
 
     `optimizer` is given a new state. A sum of several micro-batches' gradients is not counted: for adapters it is next
     to nothing. Nor is DPO's reference, of which nothing is kept for gradients: it has its turn of what is in flight.
+    Half of a batch, which the other is computed beside, is estimated as the whole: both need at most as much.
     """
     *earlier, last = model.model.layers
-    positions, predictions = batch.input_ids.size, batch.targets.size
-    blocks = [BlockBytes.of(layer, batch, positions, activations(model)) for layer in earlier]
-    blocks.append(BlockBytes.of(last, batch, predictions, activations(model)))
+    sizes = Sizes.of(batch)
+    blocks = [BlockBytes.of(layer, sizes, sizes.positions, activations(model)) for layer in earlier]
+    blocks.append(BlockBytes.of(last, sizes, sizes.predictions, activations(model)))
     trained = model.trainable_parameters()
     optimizer.init(trained)
     state = size(optimizer.state)
-    head_kept, logits = head_bytes(model, batch)
+    head_kept, logits = head_bytes(model, sizes.predictions)
     queued = max(block.in_flight(policy) for block in blocks) + LOGITS_IN_FLIGHT * logits
     return MemoryEstimate(
         policy=policy,
@@ -116,6 +117,25 @@ def estimate(model: Any, batch: Any, optimizer: Optimizer, policy: Policy) -> Me
         in_flight=int(QUEUE[runtime.backend()] * queued),
         update=size(trained) + state,
     )
+
+
+@frozen
+class Sizes:
+    """The sizes of an unpadded batch, `rows` of `length` in its grid, or of the one that it is half of."""
+
+    positions: int
+    predictions: int
+    rows: int
+    length: int
+    prefix: int
+    groups: int
+
+    @classmethod
+    def of(cls, batch: Any) -> Self:
+        """Those of `batch`."""
+        rows, length = batch.grid.shape
+        positions, predictions, rows = batch.whole or (batch.input_ids.size, batch.targets.size, rows)
+        return cls(positions, predictions, rows, length, batch.prefix, batch.groups)
 
 
 @frozen
@@ -137,14 +157,13 @@ class BlockBytes:
     dense: int
 
     @classmethod
-    def of(cls, layer: Any, batch: Any, fed: int, dtype: mx.Dtype) -> "BlockBytes":
+    def of(cls, layer: Any, batch: Sizes, fed: int, dtype: mx.Dtype) -> "BlockBytes":
         """Those of `layer`: attention computes the cells of all rows, the MLP `fed` positions, the rest all of them."""
         attention, mlp = layer.self_attn, layer.mlp
         inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
         outputs, feeding = (attention.o_proj,), (mlp.gate_proj, mlp.up_proj)
-        (rows, length), positions = batch.grid.shape, batch.input_ids.size
-        shared, seen = batch.groups * batch.prefix, batch.prefix + length
-        cells, seen_cells = rows * length + shared, rows * seen + shared
+        rows, positions, shared = batch.rows, batch.positions, batch.groups * batch.prefix
+        cells, seen_cells = rows * batch.length + shared, rows * (batch.prefix + batch.length) + shared
         linears = [*inputs, *outputs, *feeding, mlp.down_proj]
         adapters = [linear for linear in linears if isinstance(linear, LoRALinear)]
         hidden, width = widths(attention.q_proj)
@@ -190,11 +209,10 @@ def frozen_blocks(model: Any) -> int:
     return [*trains, True].index(True)
 
 
-def scored_cells(batch: Any) -> int:
+def scored_cells(batch: Sizes) -> int:
     """Pairs of tokens, one query and one key, that attention scores, for a head."""
-    rows, length = batch.grid.shape
-    own: int = rows * seen_by_blocks(length, batch.prefix)
-    return own + int(batch.groups) * seen_by_blocks(batch.prefix, 0)
+    own = batch.rows * seen_by_blocks(batch.length, batch.prefix)
+    return own + batch.groups * seen_by_blocks(batch.prefix, 0)
 
 
 def seen_by_blocks(length: int, before: int) -> int:
@@ -220,11 +238,11 @@ def input_bytes(dtype: mx.Dtype, *layers: Any, made: bool = True) -> int:
     return widths(layers[0])[0] * (needed * dtype.size + masks) + own * dtype.size
 
 
-def head_bytes(model: Any, batch: Any) -> tuple[int, int]:
+def head_bytes(model: Any, predictions: int) -> tuple[int, int]:
     """What the loss keeps, and the logits of one part in float32; with a head that trains, all logits are kept."""
     _, module = head_of(model)
     vocabulary, hidden = base_of(model.model.embed_tokens).weight.shape[0], model.model.norm.weight.size
-    predictions, dtype = batch.targets.size, activations(model)
+    dtype = activations(model)
     logits = min(predictions, part_size(vocabulary)) * vocabulary * mx.float32.size
     if tree_flatten(module.trainable_parameters()):
         return predictions * vocabulary * (mx.float32.size + dtype.size), logits

@@ -69,11 +69,14 @@ def test_a_reference_counts_where_a_step_computes_it(
     assert found.flop_per_weight == flop
 
 
-def test_the_rate_is_that_of_the_quickest_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five products at least, and as many as a second holds."""
+@pytest.mark.parametrize("streams", [1, 2])
+def test_the_rate_is_that_of_the_quickest_product(monkeypatch: pytest.MonkeyPatch, streams: int) -> None:
+    """Five times at least, and as many as a second holds, of a product on each stream that a step has."""
     monkeypatch.setattr(ceilings, "SIZES", {"cpu": 16})
+    monkeypatch.setattr(ceilings, "streams", lambda: [None] * streams)
     moments = iter([0, 0.5, 1, 1.25, 2, 4, 5, 6, 7, 8])
-    assert matmul_rate("bfloat16", now=lambda: next(moments)) == MatmulRate("bfloat16", 16, 2 * 16**3 / 0.25)
+    rate = MatmulRate("bfloat16", 16, streams * 2 * 16**3 / 0.25)
+    assert matmul_rate("bfloat16", now=lambda: next(moments)) == rate
     moments = iter([i / 8 for i in range(100)])
     matmul_rate("float32", now=lambda: next(moments))
     assert next(moments) == 16 / 8

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from attrs import frozen
 
+from mlx_trainer.data.batches.halves import padded_halves
 from mlx_trainer.data.batches.shapes import Shape
 from mlx_trainer.data.encoding.tokenizer import IntArray
 from mlx_trainer.data.store.store import TokenRow
@@ -49,6 +50,10 @@ class Batch:
     attention_mask: IntArray
     labels: IntArray
     metadata: BatchMetadata
+
+    def halves(self) -> list["Batch"]:
+        """Two batches of half the rows each, or this one alone."""
+        return padded_halves(self)
 
 
 def collate(rows: Sequence[TokenRow], shape: Shape, *, pad_id: int = 0) -> Batch:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from attrs import frozen
 
+from mlx_trainer.data.batches.halves import unpadded_halves
 from mlx_trainer.data.batches.padded import BatchMetadata
 from mlx_trainer.data.batches.shapes import Shape
 from mlx_trainer.data.encoding.tokenizer import FloatArray, IntArray
@@ -46,6 +47,12 @@ class UnpaddedBatch:
     metadata: BatchMetadata
     prefix: int = 0
     groups: int = 0
+    whole: tuple[int, int, int] | None = None
+    """The positions, predictions and rows of the batch that this is half of."""
+
+    def halves(self) -> list["UnpaddedBatch"]:
+        """Two batches of half the rows each, or this one alone."""
+        return unpadded_halves(self)
 
 
 def collate_unpadded(rows: Sequence[TokenRow], shape: Shape, predictions: int, *, pad_id: int = 0) -> UnpaddedBatch:
