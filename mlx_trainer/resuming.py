@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 
 from mlx_trainer import __version__
 from mlx_trainer.checkpoint import CheckpointError
+from mlx_trainer.side_by_side import streams
 from mlx_trainer.traced import UNSIGNED, leaves
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Identity:
             **attrs.asdict(trainer.limits),
             "total_steps": trainer.total_steps,
             "log_every": trainer.log_every,
+            "cpu_streams": len(streams()),  # sums have another order with two
             "callbacks": sorted(callback.name for callback in trainer.events.callbacks),
         }
         return cls(plain(decisive), plain(settings), plain(trainer.config), frozen_sums(model))

@@ -63,7 +63,7 @@ ALLOWED = {
     "rollback": {"failure", "interval"},
     "loaders": set(),
     "limits": set(),
-    "resuming": {"checkpoint", "traced"} | {"loaders", "trainer"},  # the latter for their types only
+    "resuming": {"checkpoint", "side_by_side", "traced"} | {"loaders", "trainer"},  # the latter for their types only
     "snapshot": {"callback", "checkpoint", "evaluation", "loaders", "module", "resuming", "state", "traced"}
     | {"trainer"},  # for its type only
     "trainer": CORE,
