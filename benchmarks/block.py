@@ -24,7 +24,8 @@ from mlx_trainer import runtime
 from mlx_trainer.config import LoRAConfig
 from mlx_trainer.models.head import head_loss
 from mlx_trainer.models.lora import inject_lora, project
-from mlx_trainer.models.unpadded import attend, block, rearrangements, swiglu
+from mlx_trainer.models.rows import Rows
+from mlx_trainer.models.unpadded import attend, block, swiglu
 
 Part = tuple[str, Callable[..., Any], Sequence[mx.array]]
 Call = Callable[[], Any]
@@ -59,6 +60,7 @@ def make_batch(arguments: argparse.Namespace) -> Any:
         prefix=0,
         groups=0,
         targets=mx.arange(count + 1) % arguments.vocabulary,
+        weights=mx.ones(count + 1),
     )
 
 
@@ -66,7 +68,7 @@ def parts_of(model: Any, batch: Any, arguments: argparse.Namespace) -> list[Part
     """The parts in the order of the block, then the block and the head."""
     layer, dtype = model.model.layers[0], getattr(mx, arguments.dtype)
     attention, mlp = layer.self_attn, layer.mlp
-    to_rows, to_positions = rearrangements(batch)
+    places = Rows.of(batch)
 
     def values(*shape: int) -> mx.array:
         return (mx.random.normal(shape) * 0.5).astype(dtype)
@@ -74,22 +76,22 @@ def parts_of(model: Any, batch: Any, arguments: argparse.Namespace) -> list[Part
     x, wide = values(arguments.positions, arguments.hidden), values(arguments.positions, int(arguments.hidden * 3.5))
     narrow = values(arguments.positions, arguments.hidden // 4)
     predicting = batch.targets.size
-    rows = [to_rows(value)[0] for value in (x, narrow, narrow)]
+    heads = places.heads(attention, x, narrow, narrow)
 
-    def within(*projected: mx.array) -> mx.array:
-        return attend(attention, None, *projected)[0]
+    def within(*heads: mx.array) -> mx.array:
+        return attend(*heads, scale=attention.scale)[0]
 
     return [
         ("two norms", lambda x: layer.post_attention_layernorm(layer.input_layernorm(x)), [x]),
         ("products q, k, v", lambda x: project(x, attention.q_proj, attention.k_proj, attention.v_proj), [x]),
-        ("rows for attention", lambda q, k, v: (to_rows(q)[0], to_rows(k)[0], to_rows(v)[0]), [x, narrow, narrow]),
-        ("attention with RoPE", within, rows),
-        ("positions again", to_positions, [rows[0]]),
+        ("rows for attention, with RoPE", lambda q, k, v: places.heads(attention, q, k, v), [x, narrow, narrow]),
+        ("attention", within, list(heads)),
+        ("positions again", places.positions, [within(*heads)]),
         ("product o", lambda x: project(x, attention.o_proj), [x]),
         ("products gate, up", lambda x: project(x, mlp.gate_proj, mlp.up_proj), [x]),
         ("SwiGLU", swiglu, [wide, values(*wide.shape)]),
         ("product down", lambda x: project(x, mlp.down_proj), [wide]),
-        ("the block", lambda x: block(layer, x, to_rows, to_positions), [x]),
+        ("the block", lambda x: block(layer, x, places), [x]),
         ("the head's loss", lambda x: head_loss(model, x, batch, arguments.vocabulary).total, [x[:predicting]]),
     ]
 

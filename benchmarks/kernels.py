@@ -18,9 +18,11 @@ import mlx.core as mx
 from recomputation import RandomMistral, batch_of, parse, step_of
 
 from mlx_trainer import runtime
+from mlx_trainer.cuda.compiler import FILES
 from mlx_trainer.step import TrainStep
 
 KINDS = {
+    "this package's": rf"^({'|'.join(FILES)})$",
     "products": r"gemm|nvjet|cutlass|xmma|cublas|splitk",
     "attention": r"cudnn|flash|sdpa|fmha",
     "norms": r"rms_norm|layer_norm",

@@ -20,6 +20,7 @@ from shape import TARGETS, VOCABULARY, mistral_config
 
 from mlx_trainer import LoRAConfig, runtime
 from mlx_trainer.callbacks import GradientClipping, NaNGuard
+from mlx_trainer.cuda import kernels
 from mlx_trainer.data.batches.shapes import Shape
 from mlx_trainer.data.batches.unpadded import UnpaddedBatch, collate_unpadded
 from mlx_trainer.data.store.store import TokenRow
@@ -96,7 +97,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--policies", choices=POLICIES, nargs="+", default=POLICIES)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--ahead", action="store_true", help="wait for the step before only")
-    return parser.parse_args()
+    parser.add_argument("--plain", action="store_true", help="without this package's CUDA kernels")
+    arguments = parser.parse_args()
+    if arguments.plain:
+        kernels.usable = lambda *_: False
+    return arguments
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 """CUDA kernels for what a step does besides products and attention.
 
-`llama.cu` and `adapters.cu` are their sources, `compiler.py` makes them ready, `kernels.py` has them as functions.
-Where there is no CUDA, or they cannot be compiled, callers do the same with MLX's operations.
+`compiler.py` makes programs of the sources beside it and runs them, `kernels.py` has the kernels as functions. Where
+there is no CUDA, or a kernel cannot be compiled or run, callers do the same with MLX's operations.
 """

@@ -1,17 +1,13 @@
 """The kernels of this folder as functions of arrays; none has a gradient of its own, each is a part of another's."""
 
-import logging
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import TypeVar
 
 import mlx.core as mx
 
 from mlx_trainer import runtime
-from mlx_trainer.cuda.compiler import TYPES, CompileError, Output, ptx_of, run
-
-log = logging.getLogger("mlx_trainer.cuda")
+from mlx_trainer.cuda.compiler import TYPES, Output, run, working_kind
 
 VECTOR_BYTES = 16
 """Moved at once."""
@@ -28,17 +24,7 @@ Item = TypeVar("Item")
 def usable(dtype: mx.Dtype, *widths: int) -> bool:
     """Whether there are kernels for numbers of this type, and rows of so many can be moved 16 bytes at once."""
     fits = dtype in TYPES and all(width * dtype.size % VECTOR_BYTES == 0 for width in widths)
-    return fits and runtime.backend() == "cuda" and built(dtype)
-
-
-@cache
-def built(dtype: mx.Dtype) -> bool:
-    """Whether they could be compiled; without them MLX's own do the same, slower."""
-    try:
-        return bool(ptx_of(dtype))
-    except (OSError, CompileError) as error:
-        log.warning("Training without this package's CUDA kernels, which is slower: %s", error)
-        return False
+    return fits and runtime.backend() == "cuda" and working_kind(dtype) is not None
 
 
 def take_rows(x: mx.array, index: mx.array) -> mx.array:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mlx_trainer.cuda import kernels
-from mlx_trainer.cuda.compiler import SOURCES, TYPES
+from mlx_trainer.cuda.compiler import FILES, TYPES
 
 COMPILER = shutil.which("g++")
 DEVICE = """
@@ -41,7 +41,8 @@ inline void narrow(float x, float16& result) { _Float16 half = x; std::memcpy(&r
 @cache
 def library(dtype: mx.Dtype) -> Any:
     """The kernels for numbers of this type."""
-    common, *others = [files("mlx_trainer.cuda").joinpath(name).read_text() for name in SOURCES]
+    names = ["common.cu", *dict.fromkeys(FILES.values())]
+    common, *others = [files("mlx_trainer.cuda").joinpath(name).read_text() for name in names]
     folder = Path(mkdtemp(prefix="kernels-"))
     source = folder / "kernels.cpp"
     source.write_text("\n".join([DEVICE, common, HALVES, *others]))
