@@ -14,7 +14,7 @@ from mlx_trainer.data.batches.padded import collate
 from mlx_trainer.data.batches.shapes import Shape
 from mlx_trainer.data.batches.unpadded import UnpaddedBatch, collate_unpadded
 from mlx_trainer.models import CausalLMModule, causal_lm
-from mlx_trainer.models.memory import estimate
+from mlx_trainer.models.memory import HALVES, estimate
 from mlx_trainer.side_by_side import AT_ONCE, dispatched_in_step, second_stream, streams
 from tests.models.test_unpadded import LINEARS, module_of, rows_of
 from tests.test_step import Gradients, built
@@ -217,8 +217,11 @@ def test_only_large_batches_and_the_losses_of_the_package_are_divided(module: Ca
     assert len(Own(tmp_path).parts(large)) == 1
 
 
-def test_a_half_is_estimated_as_the_whole(module: CausalLMModule) -> None:
-    """Both halves together need at most what the batch would."""
+def test_a_half_is_estimated_as_both(module: CausalLMModule) -> None:
+    """Both halves keep together what the batch would, and have less in flight."""
     batch, optimizer = batch_of([40, 39, 38, 37, 36, 35, 34]), module.configure_optimizer(10)
     whole = estimate(module.model, batch, optimizer, "none")
-    assert [estimate(module.model, half, optimizer, "none") for half in batch.halves()] == [whole] * 2
+    expected = attrs.evolve(whole, in_flight=int(HALVES * whole.in_flight))
+    found = [estimate(module.model, half, optimizer, "none") for half in batch.halves()]
+    assert found[0].in_flight == pytest.approx(expected.in_flight, abs=2)
+    assert [attrs.evolve(half, in_flight=expected.in_flight) for half in found] == [expected] * 2

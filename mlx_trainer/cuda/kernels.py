@@ -7,10 +7,8 @@ from typing import TypeVar
 import mlx.core as mx
 
 from mlx_trainer import runtime
-from mlx_trainer.cuda.compiler import TYPES, Output, run, working_kind
+from mlx_trainer.cuda.compiler import TYPES, VECTOR_BYTES, Output, run, working_kind
 
-VECTOR_BYTES = 16
-"""Moved at once."""
 PARTS = 4
 """The most arrays that `join_columns` puts beside each other."""
 MANY = 16

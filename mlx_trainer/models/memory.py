@@ -52,6 +52,13 @@ waits (`runtime.bound_memory`), from twelve peaks of a 7B shape on an H200, thre
 within 2 %. Metal: a guess."""
 
 
+HALVES = 0.85
+"""How much of that there is where halves of a batch are computed side by side, each with half as much at a time.
+
+From 25 peaks on a CPU, five sizes and five policies: 22 are within a tenth, the others, of 30 rows, up to 30 % less.
+"""
+
+
 @frozen
 class MemoryEstimate:
     """The peak of a step in bytes, and its parts: what trains is counted in `weights`.
@@ -98,7 +105,7 @@ def estimate(model: Any, batch: Any, optimizer: Optimizer, policy: Policy) -> Me
 
     `optimizer` is given a new state. A sum of several micro-batches' gradients is not counted: for adapters it is next
     to nothing. Nor is DPO's reference, of which nothing is kept for gradients: it has its turn of what is in flight.
-    Half of a batch, which the other is computed beside, is estimated as the whole: both need at most as much.
+    Half of a batch, which the other is computed beside, is estimated as both are, with less in flight (`HALVES`).
     """
     *earlier, last = model.model.layers
     sizes = Sizes.of(batch)
@@ -114,7 +121,7 @@ def estimate(model: Any, batch: Any, optimizer: Optimizer, policy: Policy) -> Me
         weights=size(model.parameters()),
         state=state,
         kept=sum(block.kept(policy) for block in blocks[frozen_blocks(model) :]) + head_kept,
-        in_flight=int(QUEUE[runtime.backend()] * queued),
+        in_flight=int(QUEUE[runtime.backend()] * queued * (HALVES if batch.whole else 1)),
         update=size(trained) + state,
     )
 
