@@ -4,6 +4,7 @@ A GPU takes microseconds for a small array whatever is done to it, and the host 
 adapters on all layers of a 7B model has 448 gradients.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from mlx_trainer.fusion import spread
 SMALL = 1 << 20
 """Arrays of more numbers stand alone: copying them would cost more than it saves."""
 ENOUGH = 1 << 22
-"""An array of so many numbers is joined by no other, nor one of `kernels.MANY` parts."""
+"""An array of so many numbers is joined by no other; on CUDA neither one of `kernels.MANY` parts."""
 ALIGNED = 8
 """MLX moves so many numbers at once, from addresses that are a multiple: what would disturb that stands alone."""
 
@@ -36,13 +37,14 @@ class Joined:
     @classmethod
     def of(cls, tree: Any) -> "Joined":
         """Those of `tree`; its small arrays are copied."""
+        most = kernels.MANY if kernels.usable(mx.float32) else math.inf
         groups: list[list[mx.array]] = []
         filling: dict[mx.Dtype, int] = {}
 
         def place(array: mx.array) -> Any:
             alone = array.size > SMALL or array.size % ALIGNED != 0
             number = None if alone else filling.get(array.dtype)
-            if number is None or size(groups[number]) >= ENOUGH or len(groups[number]) == kernels.MANY:
+            if number is None or size(groups[number]) >= ENOUGH or len(groups[number]) == most:
                 number = len(groups)
                 groups.append([])
                 if not alone:

@@ -54,17 +54,31 @@ def real_cells(batch: Any) -> NDArray[np.bool_]:
 def balanced(tokens: Integers, trained: Integers) -> tuple[Indices, Indices]:
     """The numbers of two halves of rows: as many in each, and one more in the first where they are odd.
 
+    That is the row nearest to the mean or, where it leaves less beyond a half's share, the shortest.
+    """
+    if len(tokens) % 2 == 0:
+        return dealt(tokens, trained)
+    mean = tokens.mean()
+    singles = int(np.argmin(np.abs(tokens - mean))), int(np.argmin(tokens))
+    ways = [dealt(tokens, trained, single) for single in singles]
+    return min(ways, key=lambda halves: max(float(tokens[half].sum() - len(half) * mean) for half in halves))
+
+
+def dealt(tokens: Integers, trained: Integers, single: int | None = None) -> tuple[Indices, Indices]:
+    """Two halves of an even number of rows, and of one more, which is in the first.
+
     Of two rows of nearly equal length each half gets one, such that sums of tokens and of trained tokens come close.
     """
     order = np.argsort(-tokens, kind="stable")
-    pairs = order[: len(order) // 2 * 2].reshape(-1, 2)
+    pairs = order[order != single].reshape(-1, 2) if single is not None else order.reshape(-1, 2)
     more = np.stack([tokens, trained], axis=1)[pairs]
     ahead, swapped = np.zeros(2), np.zeros(len(pairs), np.bool_)
     for i, difference in enumerate(more[:, 0] - more[:, 1]):
         swapped[i] = np.abs(ahead - difference).sum() < np.abs(ahead + difference).sum()
         ahead += -difference if swapped[i] else difference
     pairs = np.where(swapped[:, None], pairs[:, ::-1], pairs)
-    return np.sort(np.append(pairs[:, 0], order[2 * len(pairs) :])), np.sort(pairs[:, 1])
+    first = pairs[:, 0] if single is None else np.append(pairs[:, 0], single)
+    return np.sort(first), np.sort(pairs[:, 1])
 
 
 def part(batch: Any, rows: Indices, real: NDArray[np.bool_], tokens: int, predictions: int) -> Any:
