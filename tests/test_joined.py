@@ -52,6 +52,20 @@ def test_what_is_done_to_the_arrays_is_done_to_the_tree() -> None:
         assert mx.array_equal(array, 2 * before).item(), name
 
 
+def test_the_tree_comes_back_scaled() -> None:
+    """What is joined, what stands alone, and 16-bit numbers, whose product is made in float32."""
+    tree = numbered([(4, 4), (8,), (3,), (2, 8), (5,), (8, 8)], [mx.float32, mx.float16])
+    together = Joined.of(tree)
+    assert len(together.arrays) > len(together.alone) > 0
+    scale = mx.array(2.0**-25)  # nothing in float16, but for numbers of some size
+    large = together.map(lambda array: 1024 * array)
+    for (name, scaled), (_, array) in zip(*map(tree_flatten, (large.tree(scale), tree)), strict=True):
+        expected = ((1024 * array).astype(mx.float32) * scale).astype(array.dtype)
+        assert scaled.dtype == array.dtype, name
+        assert mx.array_equal(scaled, expected).item(), name
+        assert expected.any().item(), name
+
+
 def test_nothing_is_nothing() -> None:
     """A tree without arrays."""
     assert Joined.of({}).arrays == []
