@@ -33,7 +33,7 @@ GEMM_SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 VARIABLE = "MLX_TRAINER_BLAS"
 OFF = ("off", "0", "none", "false")
 threads_used = 1
-"""How many threads a product has; the reference BLAS has one."""
+"""How many threads a product has, 0 where a BLAS does not tell; the reference BLAS has one."""
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
 _SLOW = "the reference BLAS of the MLX wheel, tens of times slower in matrix products"
 
@@ -89,6 +89,7 @@ def _tune(library: ctypes.CDLL, prefix: str, threads: int, origin: str, path: st
     """Set the number of threads unless the environment does, and describe the library."""
     global threads_used
     if not hasattr(library, prefix + "openblas_get_config"):
+        threads_used = 0
         return f"{path} ({origin})"
     config = library[prefix + "openblas_get_config"]
     config.restype = ctypes.c_char_p

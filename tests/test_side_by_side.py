@@ -148,7 +148,14 @@ def test_gradients_are_asked_for_a_few_at_a_time_the_last_first(monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("cpus", "threads", "linux", "two"),
-    [(2, 1, True, True), (8, 1, True, True), (1, 1, True, False), (4, 3, True, False), (2, 1, False, False)],
+    [
+        (2, 1, True, True),
+        (8, 1, True, True),
+        (1, 1, True, False),
+        (4, 3, True, False),
+        (2, 0, True, False),
+        (2, 1, False, False),
+    ],
 )
 def test_there_are_two_streams_where_they_pay(
     cpus: int, threads: int, linux: bool, two: bool, monkeypatch: pytest.MonkeyPatch
@@ -215,6 +222,7 @@ def test_only_large_batches_and_the_losses_of_the_package_are_divided(module: Ca
     assert [len(module.parts(batch)) for batch in (small, large)] == [1, 2]
     tiny_mistral(tmp_path)
     assert len(Own(tmp_path).parts(large)) == 1
+    assert Own(tmp_path).parts({"mine": 1}) == [{"mine": 1}]
 
 
 def test_a_half_is_estimated_as_both(module: CausalLMModule) -> None:

@@ -8,7 +8,7 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -95,7 +95,7 @@ def program(file: str, dtype: mx.Dtype, kind: Kind) -> bytes:
 
     Raises CompileError, and OSError where NVRTC is not there.
     """
-    source = "\n".join(files(__package__).joinpath(name).read_text() for name in ("common.cu", file))
+    source = "\n".join(Path(__file__).with_name(name).read_text() for name in ("common.cu", file))
     architecture = mx.device_info()["architecture"] if kind == "CUBIN" else "compute_75"
     options = [f"--gpu-architecture={architecture}", "--std=c++17", f"-DNUMBER={TYPES[dtype]}"]
     return compiled(source, options, kind)

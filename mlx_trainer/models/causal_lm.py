@@ -179,12 +179,10 @@ class CausalLMModule(TrainerModule):
 
     def parts(self, batch: Any) -> Sequence[Any]:
         """Return the halves of a large batch that has some; `batch` alone where a subclass has a loss of its own."""
-        replaced = type(self).training_loss is not CausalLMModule.training_loss
-        numbers = batch.input_ids.size * self.settings.get("hidden_size", 0)
-        if replaced or numbers < WORTH_HALVING or not hasattr(batch, "halves"):
+        if type(self).training_loss is not CausalLMModule.training_loss or not hasattr(batch, "halves"):
             return [batch]
-        halves: Sequence[Any] = batch.halves()
-        return halves
+        numbers = batch.input_ids.size * self.settings.get("hidden_size", 0)
+        return batch.halves() if numbers >= WORTH_HALVING else [batch]
 
     def recomputation(self, batch: Any) -> Policy:
         """What the gradient of unpadded batches of this shape runs again: `recompute`, for "auto" as little as fits.
