@@ -231,6 +231,14 @@ def wire_memory() -> None:
         mx.set_memory_limit(memory_limit_bytes())
 
 
+def cudnn_attention() -> bool:
+    """Return whether attention in 16 bits is cuDNN's, whose gradient adds up in no fixed order: no run repeats its bits.
+
+    `MLX_CUDA_USE_CUDNN_SDPA=0`, MLX's own switch, leaves that to kernels which keep an order.
+    """
+    return backend() == "cuda" and os.environ.get("MLX_CUDA_USE_CUDNN_SDPA") != "0"
+
+
 def attention_step() -> int:
     """Return the multiple that rows of attention should be long.
 

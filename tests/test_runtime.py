@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from mlx_trainer import _blas, runtime
+from mlx_trainer.models.attention import fused
 
 on_linux_cpu = pytest.mark.skipif(
     sys.platform != "linux" or mx.default_device() != mx.Device(mx.cpu),
@@ -177,6 +178,22 @@ def test_on_cuda_mlx_gets_our_settings_unless_the_user_chose(monkeypatch: pytest
     assert os.environ["MLX_USE_CUDA_GRAPHS"] == "0"
     assert not runtime.CUDA_SETTINGS.keys() & runtime.foreign_environment().keys()
     assert runtime.blas_report() == "BLAS: not needed, MLX runs on CUDA"
+
+
+@pytest.mark.parametrize(
+    ("backend", "switch", "cudnn"),
+    [("cuda", None, True), ("cuda", "1", True), ("cuda", "0", False), ("metal", None, False), ("cpu", "1", False)],
+)
+def test_attention_that_repeats_no_bits(
+    monkeypatch: pytest.MonkeyPatch, backend: str, switch: str | None, cudnn: bool
+) -> None:
+    """cuDNN's, in 16 bits, unless MLX is told to leave it: the scores are then kept, as in float32."""
+    monkeypatch.setattr(runtime, "backend", lambda: backend)
+    monkeypatch.delenv("MLX_CUDA_USE_CUDNN_SDPA", raising=False)
+    if switch is not None:
+        monkeypatch.setenv("MLX_CUDA_USE_CUDNN_SDPA", switch)
+    assert runtime.cudnn_attention() is cudnn
+    assert (fused(mx.bfloat16), fused(mx.float16), fused(mx.float32)) == (cudnn, cudnn, False)
 
 
 def test_peak_is_counted_from_the_last_reset() -> None:

@@ -46,7 +46,7 @@ def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, scale:
 
 def fused(dtype: mx.Dtype) -> bool:
     """Whether a kernel trains that never has the scores: cuDNN's, in 16 bits. All others keep them for the gradient."""
-    return runtime.backend() == "cuda" and dtype != mx.float32
+    return runtime.cudnn_attention() and dtype != mx.float32
 
 
 def keeping(scale: float) -> Callable[..., Any]:
