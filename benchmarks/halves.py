@@ -1,10 +1,12 @@
-"""Halves of a batch side by side on a Linux CPU, beside the whole batch (`mlx_trainer/side_by_side.py`).
+"""Halves of a batch side by side on a Linux CPU, beside the whole batch (`mlx_trainer/side_by_side.py`), or more parts.
 
     python benchmarks/halves.py
     python benchmarks/halves.py --layers 12 --hidden 128 --tokens 1024 --targets qv
+    python benchmarks/halves.py --parts 8                              # halves of halves, each on a stream of its own
+    OPENBLAS_NUM_THREADS=15 python benchmarks/halves.py                # for the whole batch of a machine with 16 cores
 
 The trainer's compiled step with AdamW, clipping and the NaN guard, on rows of mixed length, float32, random weights,
-one BLAS thread. Whole and halved batches take turns; the median step counts, and how many cores were busy.
+one BLAS thread unless told. Whole and parted batches take turns; the median step counts, and how many cores were busy.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import os
 import statistics
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -21,20 +24,33 @@ import numpy as np
 from recomputation import RandomMistral, step_of
 from shape import TARGETS, mistral_config
 
-from mlx_trainer import side_by_side, step
+from mlx_trainer import step
 from mlx_trainer.data.batches.shapes import Shape
 from mlx_trainer.data.batches.unpadded import UnpaddedBatch, collate_unpadded
 from mlx_trainer.data.store.store import TokenRow
-from mlx_trainer.models import causal_lm
 
 MEAN_LENGTH = 68
 """The quick start's."""
 
 
-def module_of(arguments: Namespace) -> RandomMistral:
-    """A model that trains, whose batches are halved whatever their size."""
-    causal_lm.WORTH_HALVING = 0
-    module: Any = RandomMistral(Namespace(**vars(arguments), dropout=0.0, dtype="float32", bits=None))
+class Parted(RandomMistral):
+    """A model whose batches are halved until there are so many parts, whatever their size."""
+
+    def __init__(self, arguments: Namespace) -> None:
+        super().__init__(arguments)
+        self.count = arguments.parts
+
+    def parts(self, batch: Any) -> Sequence[Any]:
+        """Return halves of halves; fewer where some cannot be halved."""
+        found, before = [batch], 0
+        while before < len(found) < self.count:
+            before, found = len(found), [half for part in found for half in part.halves()]
+        return found
+
+
+def module_of(arguments: Namespace) -> Parted:
+    """A model that trains."""
+    module: Any = Parted(Namespace(**vars(arguments), dropout=0.0, dtype="float32", bits=None))
     module.settings = mistral_config(arguments.hidden, arguments.layers, arguments.vocabulary)
     module.setup("fit")
     mx.eval(module.model.parameters())
@@ -63,11 +79,13 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--targets", choices=list(TARGETS), default="all")
+    parser.add_argument("--parts", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    batch, both = batch_of(arguments), [None, side_by_side.second_stream()]
+    batch = batch_of(arguments)
+    streams_of_parts = [None, *(mx.new_thread_local_stream(mx.cpu) for _ in range(arguments.parts - 1))]
     steps, times, busy, peaks = {}, {}, {}, {}
-    for name, streams in (("whole", [None]), ("halves", both)):
+    for name, streams in (("whole", [None]), ("parts", streams_of_parts)):
         step.streams = lambda streams=streams: streams
         steps[name], times[name], busy[name], peaks[name] = step_of(module_of(arguments)), [], [], []
         mx.eval(steps[name]([batch]).total)
@@ -85,11 +103,14 @@ def main() -> None:
             busy[name].append((time.process_time() - work) / wall)
             peaks[name].append((mx.get_peak_memory() - held) / 1e6)
     found = {name: [statistics.median(each[name]) for each in (times, busy, peaks)] for name in steps}
-    (whole, _, before), (halves, cores, peak) = found["whole"], found["halves"]
-    print("| layers x hidden, tokens, adapters | whole, ms | halves, ms | ratio | cores busy | memory of a step |")
+    (whole, _, before), (parts, cores, peak) = found["whole"], found["parts"]
+    count = arguments.parts
+    print(
+        f"| layers x hidden, tokens, adapters | whole, ms | {count} parts, ms | ratio | cores busy | memory of a step |"
+    )
     print("|---|---|---|---|---|---|")
     shape = f"{arguments.layers}x{arguments.hidden}, {arguments.tokens:,}, {arguments.targets}"
-    print(f"| {shape} | {whole:.1f} | {halves:.1f} | {whole / halves:.2f} | {cores:.2f} | {peak / before:.2f} |")
+    print(f"| {shape} | {whole:.1f} | {parts:.1f} | {whole / parts:.2f} | {cores:.2f} | {peak / before:.2f} |")
 
 
 if __name__ == "__main__":

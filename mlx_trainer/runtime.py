@@ -232,7 +232,7 @@ def wire_memory() -> None:
 
 
 def cudnn_attention() -> bool:
-    """Return whether attention in 16 bits is cuDNN's, whose gradient adds up in no fixed order: no run repeats its bits.
+    """Return whether attention in 16 bits is cuDNN's, whose gradient adds up in no fixed order: no run repeats it.
 
     `MLX_CUDA_USE_CUDNN_SDPA=0`, MLX's own switch, leaves that to kernels which keep an order.
     """
