@@ -46,16 +46,20 @@ IN_FLIGHT: Mapping[Policy, InFlight] = {
 }
 LOGITS_IN_FLIGHT = 4.0
 """The same for the head: so many times a part's logits in float32."""
-QUEUE: Mapping[runtime.Backend, float] = {"cpu": 0.94, "cuda": 0.5, "metal": 2.1}
-"""How much of `IN_FLIGHT` there is. CPU: less since norms and rotations take few operations. CUDA: where queued work
-waits (`runtime.bound_memory`), from twelve peaks of a 7B shape on an H200, three sizes and four policies, each then
-within 2 %. Metal: a guess."""
+QUEUE: Mapping[runtime.Backend, float] = {"cpu": 0.94, "cuda": 1.1, "metal": 2.1}
+"""How much of `IN_FLIGHT` there is. CPU: less since norms and rotations take few operations. CUDA: from six peaks of a
+7B shape on an H200 with `none`, five of them then within 1 %, that of a 4-bit base 4 % above. Metal: a guess."""
+HALVES: Mapping[Policy, tuple[float, float]] = {
+    "none": (0.5, 1.0),
+    "attention": (0.5, 1.0),
+    "selective": (0.5, 1.0),
+    "mlp": (1.0, 0.0),
+    "block": (1.0, 0.0),
+}
+"""How much there is of a block's and of the logits, where halves of a batch are computed side by side.
 
-
-HALVES = 0.85
-"""How much of that there is where halves of a batch are computed side by side, each with half as much at a time.
-
-From 25 peaks on a CPU, five sizes and five policies: 22 are within a tenth, the others, of 30 rows, up to 30 % less.
+The peak is at the heads, where each half has half of its blocks, or where blocks run again. From 38 peaks on a CPU, 16
+sizes of 128 to 512 hidden, each within a tenth.
 """
 
 
@@ -115,13 +119,14 @@ def estimate(model: Any, batch: Any, optimizer: Optimizer, policy: Policy) -> Me
     optimizer.init(trained)
     state = size(optimizer.state)
     head_kept, logits = head_bytes(model, sizes.predictions)
-    queued = max(block.in_flight(policy) for block in blocks) + LOGITS_IN_FLIGHT * logits
+    of_blocks, of_logits = HALVES[policy] if batch.whole else (1.0, 1.0)
+    queued = of_blocks * max(block.in_flight(policy) for block in blocks) + of_logits * LOGITS_IN_FLIGHT * logits
     return MemoryEstimate(
         policy=policy,
         weights=size(model.parameters()),
         state=state,
         kept=sum(block.kept(policy) for block in blocks[frozen_blocks(model) :]) + head_kept,
-        in_flight=int(QUEUE[runtime.backend()] * queued * (HALVES if batch.whole else 1)),
+        in_flight=int(QUEUE[runtime.backend()] * queued),
         update=size(trained) + state,
     )
 

@@ -13,6 +13,10 @@ from mlx_trainer.models.recomputation import Policy
 
 log = logging.getLogger("mlx_trainer.models")
 
+WAIT_FROM = 0.45
+"""Where so much of what a step has in flight is held, beside what it keeps, queued work waits on CUDA: what was queued
+before comes to the rest."""
+
 
 def step_estimate(
     model: Any, batch: Any, optimizer: Optimizer, recompute: Policy | Literal["auto"] = "auto"
@@ -54,5 +58,5 @@ class StepMemory:
         self._told.add(step.policy)
         self.needed = max(self.needed, step.peak)
         self._held = self._held or mx.get_active_memory()  # before the first step, so nothing is in flight
-        self._added = max(self._added, step.kept + step.in_flight)
+        self._added = max(self._added, step.kept + int(WAIT_FROM * step.in_flight))
         runtime.bound_memory(self.needed, self._held + self._added)
