@@ -19,7 +19,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten
 
-from mlx_trainer import __version__, runtime
+from mlx_trainer import __version__
 from mlx_trainer.checkpoint import CheckpointError
 from mlx_trainer.side_by_side import streams
 from mlx_trainer.traced import UNSIGNED, leaves
@@ -73,7 +73,6 @@ class Identity:
             "total_steps": trainer.total_steps,
             "log_every": trainer.log_every,
             "cpu_streams": len(streams()),  # sums have another order with two
-            "cudnn_attention": runtime.cudnn_attention(),  # and with its gradient none
             "callbacks": sorted(callback.name for callback in trainer.events.callbacks),
         }
         return cls(plain(decisive), plain(settings), plain(trainer.config), frozen_sums(model))
