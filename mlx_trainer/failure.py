@@ -1,5 +1,6 @@
 """How a run fails: its own error, and a backend that has no memory left."""
 
+import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ OUT_OF_MEMORY = ("malloc", "out of memory", "insufficient memory", "unable to al
 """What MLX's backends say, in small letters."""
 COMPILER_KILLED = "could not load c++ shared library"
 """What mlx 0.32.4 says on a CPU where the compiler that it calls is killed, as by a Ctrl-C in the terminal."""
+
+LARGE = 1 << 30
+"""From so many bytes in arrays on, what earlier runs left is looked for."""
 
 
 class TrainingError(RuntimeError):
@@ -34,6 +38,16 @@ def dispatched(*trees: Any) -> None:
         logger.warning("a step could not be dispatched, trying once more: %s", error)
         mx.clear_cache()
         mx.async_eval(*trees)
+
+
+def forget_earlier_runs() -> None:
+    """Free what earlier runs in this process left, where arrays are large.
+
+    A trainer, its step and its module refer to each other, and Python looks for such circles by the number of objects,
+    not by their size: a second base model would stand beside the first.
+    """
+    if mx.get_active_memory() >= LARGE:
+        gc.collect()
 
 
 @contextmanager

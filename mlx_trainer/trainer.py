@@ -15,7 +15,7 @@ from mlx_trainer.callback import Callback, Events
 from mlx_trainer.checkpoint import Saves
 from mlx_trainer.evaluation import EvalMetrics, EvaluationStep, Metric, predictions
 from mlx_trainer.failure import TrainingError as TrainingError
-from mlx_trainer.failure import memory_explained
+from mlx_trainer.failure import forget_earlier_runs, memory_explained
 from mlx_trainer.interruption import Interrupted, closed_output_ignored, stopping_on_signals
 from mlx_trainer.interval import LogInterval, StepRecord
 from mlx_trainer.limits import Limits, at_least_one
@@ -153,6 +153,7 @@ class Trainer:
         let the step under way end, save as at any end, and raise Interrupted, which exits with 130, 143 or 129.
         """
         self._reset()
+        forget_earlier_runs()
         with closed_output_ignored(), self._stage("fit", module):
             self._take_loaders(data, validation_loader)
             mx.random.seed(self.seed)

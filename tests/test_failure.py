@@ -1,6 +1,8 @@
 """A backend without memory: once more where that can help, else a message that says what to change."""
 
+import gc
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_trainer import Callback, ModelCheckpoint, Trainer
+from mlx_trainer import Callback, ModelCheckpoint, Trainer, failure
 from mlx_trainer.trainer import TrainingError
 from tests.toy import ToyModule, toy_batches, weights
 
@@ -124,3 +126,23 @@ def test_a_container_replaced_after_compiling_is_refused(what: str) -> None:
 
     with pytest.raises(TrainingError, match="was replaced after the step was compiled"):
         end(1, callbacks=[Replaces()])
+
+
+def test_a_second_run_has_the_memory_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What refers to itself is collected as a run starts, before it loads anything, where arrays are large."""
+
+    def run() -> "weakref.ref[ToyModule]":
+        module = ToyModule()
+        Trainer(max_steps=2).fit(module, toy_batches())
+        return weakref.ref(module)
+
+    gc.disable()
+    try:
+        first = run()
+        second = run()
+        assert first() is not None
+        monkeypatch.setattr(failure, "LARGE", 0)
+        run()
+        assert first() is second() is None
+    finally:
+        gc.enable()
