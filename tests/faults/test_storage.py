@@ -168,8 +168,9 @@ def test_too_many_open_files(tmp_path: Path, tell: Tell) -> None:
     store = CheckpointStore(tmp_path)
     old, told, taken = store.save(1, one_file), list[str](), list[int]()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(descriptor) for descriptor in os.listdir("/dev/fd"))  # other tests may have left some open
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 16, hard))
         with suppress(OSError):
             while True:
                 taken.append(os.open("/dev/null", os.O_RDONLY))
