@@ -235,7 +235,7 @@ def test_a_half_is_estimated_as_both(module: CausalLMModule) -> None:
     batch, optimizer = batch_of([40, 39, 38, 37, 36, 35, 34]), module.configure_optimizer(10)
     whole = estimate(module.model, batch, optimizer, "none")
     found = [estimate(module.model, half, optimizer, "none") for half in batch.halves()]
-    assert 0.5 < found[0].in_flight / whole.in_flight < 1
+    assert 0.4 < found[0].in_flight / whole.in_flight < 1
     assert [attrs.evolve(half, in_flight=whole.in_flight) for half in found] == [whole] * 2
 
 
