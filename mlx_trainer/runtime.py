@@ -15,7 +15,7 @@ from typing import Literal
 
 from attrs import frozen
 
-from mlx_trainer import _blas, _kernels
+from mlx_trainer import _blas, _kernels, _malloc
 
 Backend = Literal["metal", "cuda", "cpu"]
 
@@ -203,8 +203,8 @@ def bound_memory(needed: int = 0, most: int = 0) -> None:
 
     At most as much again as the step needs, and a sixteenth of the memory where that is more or not known; by itself
     MLX keeps most of a card. At least a 128th. A step lets go of most of what it needs and asks for it again, which the
-    system answers slowly. On a CPU MLX keeps 32 MB by itself, and fetching all else anew, page by page, took 4 to 7 %
-    of a small model's step. Metal was not tried.
+    system answers slowly. On a Linux CPU malloc keeps arrays too (`_malloc.py`), and MLX no sixteenth, which would be
+    full of arrays of all the sizes that batches have. Metal was not tried.
 
     On CUDA, where `most` bytes are given, work that is queued waits while more than these are held, and the cache has
     what is left of them: MLX gives memory out when it queues an operation, long before it runs. Without, 95 % of the
@@ -213,7 +213,8 @@ def bound_memory(needed: int = 0, most: int = 0) -> None:
     import mlx.core as mx
 
     limit = memory_limit_bytes()
-    mx.set_cache_limit(min(max(needed, limit // 16), max(limit - needed, limit // 128)))
+    least = _malloc.LARGEST if linux_cpu() and _malloc.keep_freed() else limit // 16
+    mx.set_cache_limit(min(max(needed, least), max(limit - needed, limit // 128)))
     if backend() == "cuda":
         mx.set_memory_limit(most or limit * 95 // 100)
 

@@ -37,9 +37,10 @@ CORE = {
 }
 ALLOWED = {
     "config": set(),
-    "runtime": {"_blas", "_kernels"},
+    "runtime": {"_blas", "_kernels", "_malloc"},
     "_blas": set(),
     "_kernels": set(),
+    "_malloc": set(),
     "safetensors_file": set(),
     "monitoring": {"runtime"},
     "state": set(),

@@ -1,6 +1,7 @@
 """The BLAS under MLX on Linux CPUs, and the device facts. What happens at import is tried in fresh processes."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import mlx.core as mx
 import psutil
 import pytest
 
-from mlx_trainer import _blas, runtime
+from mlx_trainer import _blas, _malloc, runtime
 from mlx_trainer.models.attention import fused
 
 on_linux_cpu = pytest.mark.skipif(
@@ -307,21 +308,48 @@ def test_a_gpus_memory(monkeypatch: pytest.MonkeyPatch, backend: str, limit: int
         ("cuda", 50_000, 50_000),
         ("cuda", 125_000, 3_000),
         ("metal", 200_000, 1_000),
-        ("cpu", 0, 8_000),
+        ("cpu", 0, 1_024),
+        ("cpu", 3_000, 3_000),
     ],
-    ids=["nothing known", "as much again", "what a step leaves", "at least", "cpu"],
+    ids=["nothing known", "as much again", "what a step leaves", "at least", "cpu", "cpu, as much again"],
 )
 def test_the_cache_leaves_room_for_a_step(
     monkeypatch: pytest.MonkeyPatch, backend: str, needed: int, bound: int
 ) -> None:
-    """A sixteenth of the memory or as much as a step needs, less where that is not left, a 128th at least."""
+    """A sixteenth of the memory or as much as a step needs, less where that is not left, a 128th at least.
+
+    On a Linux CPU, where malloc keeps arrays too, no sixteenth.
+    """
     bounds: list[int] = []
     monkeypatch.setattr(runtime, "backend", lambda: backend)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(_malloc, "LARGEST", 1_024)
+    monkeypatch.setattr(_malloc, "keep_freed", lambda: True)
     monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: 128_000)
     monkeypatch.setattr(mx, "set_cache_limit", bounds.append)
     monkeypatch.setattr(mx, "set_memory_limit", lambda bytes: None)
     runtime.bound_memory(needed)
     assert bounds == [bound]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has the switches")
+def test_malloc_keeps_what_is_freed() -> None:
+    """Blocks below 32 MB are served from what was freed: no pages are fetched for them a second time."""
+    script = """
+import resource, numpy as np
+from mlx_trainer import _malloc
+def fetched():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (5, 6, 7, 9) * 4:
+        np.empty(size << 20, np.uint8).fill(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+import ctypes
+ctypes.CDLL(None).mallopt(-3, 1 << 17)  # as at the start: the threshold rises by itself to what was freed before
+print(fetched(), _malloc.keep_freed(), fetched(), fetched())
+"""
+    first, kept, _, last = run(script)[0].split()
+    assert kept == "True"
+    assert int(last) < 0.1 * int(first)
 
 
 @pytest.mark.parametrize(
