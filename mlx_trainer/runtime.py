@@ -203,8 +203,7 @@ def bound_memory(needed: int = 0, most: int = 0) -> None:
 
     At most as much again as the step needs, and a sixteenth of the memory where that is more or not known; by itself
     MLX keeps most of a card. At least a 128th. A step lets go of most of what it needs and asks for it again, which the
-    system answers slowly. On a Linux CPU malloc keeps arrays too (`_malloc.py`), and MLX no sixteenth, which would be
-    full of arrays of all the sizes that batches have. Metal was not tried.
+    system answers slowly. On a Linux CPU malloc keeps arrays too (`_malloc.py`), so no sixteenth. Metal was not tried.
 
     On CUDA, where `most` bytes are given, work that is queued waits while more than these are held, and the cache has
     what is left of them: MLX gives memory out when it queues an operation, long before it runs. Without, 95 % of the
