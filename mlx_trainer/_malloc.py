@@ -11,7 +11,7 @@ from functools import cache
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
 LARGEST = 1 << 25
-"""Blocks from 32 MB on are given back in any case: glibc allows no higher threshold on 64 bits."""
+"""Blocks from 32 MB on are given back in any case: glibc allows no higher threshold on 64 bits. MLX keeps one."""
 KEPT = 1 << 30
 """So many bytes may lie free at the heap's end."""
 
